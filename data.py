@@ -1,0 +1,1177 @@
+"""Pairs of sentences: where they come from, cleaning, tokenizer, split, batches.
+
+Data flows down the page. Text is read in batches of rows and kept in Arrow tables of the `datasets`
+library, token ids in flat arrays: nothing here holds a corpus in Python lists, and nothing pads it.
+
+    read_pairs     a hub data set, .tsv .csv .jsonl .json .parquet files, two line-aligned text
+                   files, or the built-in phrasebook    -> batches (sources, targets)
+    clean          drops what teaches nothing, and counts it
+    encode         text -> token ids, each sentence ending in eos
+    grouped_split  training and validation rows that share no source sentence
+    PairDataset, BucketBatchSampler, pad_batch -> DataLoader
+
+`load_dataset_and_tokenize` and `create_dataloaders` are the tutorial's two calls.
+"""
+
+import csv
+import hashlib
+import json
+import os
+import random
+import threading
+import unicodedata
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice, zip_longest
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
+
+BATCH_ROWS = 1000  # rows read, cleaned and tokenized at a time
+PHRASEBOOK = "phrasebook"  # the data set name of the built-in corpus
+
+TextBatch = tuple[list[str], list[str]]  # sources, targets
+
+
+class InputError(Exception):
+    """Something the user gave cannot be used. The message is one line and says what to do next."""
+
+
+# ---- text -------------------------------------------------------------------------------------
+
+# Romanian is written with comma below; older text has the cedilla of Turkish, which looks alike
+# and is another character. One policy, applied here and nowhere else: comma below.
+_COMMA_BELOW = str.maketrans("şţŞŢ", "șțȘȚ")
+
+
+def normalize(text: str, language: str) -> str:
+    """Unicode NFC, white space collapsed to single spaces, and for "ro" comma below ș ț."""
+    text = " ".join(unicodedata.normalize("NFC", text).split())
+    return text.translate(_COMMA_BELOW) if language == "ro" else text
+
+
+# ---- reading ----------------------------------------------------------------------------------
+
+
+def read_lines(path: Path) -> Iterator[str]:
+    """Lines of a UTF-8 file without their ends. InputError names the file and the line."""
+    if not path.is_file():
+        what = "is not a regular file" if path.exists() else "does not exist"
+        raise InputError(f"{path} {what}")
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise InputError(
+                    f"{path}:{number}: not valid UTF-8 (byte {error.start + 1} of the line); "
+                    "convert the file, for example with iconv -t UTF-8"
+                ) from None
+            yield line.removesuffix("\n").removesuffix("\r")
+
+
+def _pair_columns(
+    names: Iterable[str], languages: tuple[str, str], where: str
+) -> tuple[str, str]:
+    """Which of the columns hold source and target."""
+    names = list(names)
+    for wanted in (languages, ("source", "target")):
+        if set(wanted) <= set(names):
+            return wanted
+    source, target = languages
+    raise InputError(
+        f"{where}: needs columns {source} and {target} (or source and target, or translation), "
+        f"found {', '.join(map(str, names)) or 'none'}; see --source-lang and --target-lang"
+    )
+
+
+def _record_pair(
+    record: object, languages: tuple[str, str], where: str
+) -> tuple[str, str]:
+    """The pair in {"translation": {"en": .., "ro": ..}} or {"en": .., "ro": ..}."""
+    if isinstance(record, dict) and isinstance(record.get("translation"), dict):
+        record = record["translation"]
+    if not isinstance(record, dict):
+        raise InputError(
+            f"{where}: expected an object with two texts, found {record!r:.40}"
+        )
+    columns = _pair_columns(record, languages, where)
+    for column in columns:
+        if not isinstance(record[column], (str, type(None))):
+            raise InputError(f"{where}: {column} is no text but {record[column]!r:.40}")
+    return record[columns[0]] or "", record[columns[1]] or ""
+
+
+def _tsv_rows(path: Path, languages: tuple[str, str]) -> Iterator[tuple[str, str]]:
+    source, target = 0, 1
+    for number, line in enumerate(read_lines(path), 1):
+        fields = line.split("\t")
+        if number == 1 and sorted(fields) in (sorted(languages), ["source", "target"]):
+            source, target = map(
+                fields.index, _pair_columns(fields, languages, str(path))
+            )
+            continue
+        if len(fields) == 1 and not line.strip():
+            fields = ["", ""]
+        if len(fields) != 2:
+            problem = "no tab" if len(fields) == 1 else "more than one tab"
+            raise InputError(f"{path}:{number}: {problem}; a line is source<TAB>target")
+        yield fields[source], fields[target]
+
+
+def _csv_rows(path: Path, languages: tuple[str, str]) -> Iterator[tuple[str, str]]:
+    reader = csv.reader((line + "\n" for line in read_lines(path)), strict=True)
+    try:
+        header = next(reader, [])
+        source, target = map(header.index, _pair_columns(header, languages, str(path)))
+        for fields in reader:
+            if fields and len(fields) != len(header):
+                raise InputError(
+                    f"{path}:{reader.line_num}: {len(fields)} fields under a header of {len(header)}"
+                )
+            yield (fields[source], fields[target]) if fields else ("", "")
+    except csv.Error as error:
+        raise InputError(f"{path}:{reader.line_num}: {error}") from None
+
+
+def _json_rows(path: Path, languages: tuple[str, str]) -> Iterator[tuple[str, str]]:
+    """JSON lines, or one array of objects."""
+    lines = enumerate(read_lines(path), 1)
+    for number, line in lines:
+        if not line.strip():
+            continue
+        try:
+            if line.lstrip().startswith("["):
+                records = json.loads("\n".join([line, *(line for _, line in lines)]))
+            else:
+                records = [json.loads(line)]
+        except json.JSONDecodeError as error:
+            raise InputError(
+                f"{path}:{number + error.lineno - 1}: {error.msg}"
+            ) from None
+        for record in records:
+            yield _record_pair(record, languages, f"{path}:{number}")
+
+
+def _parquet_rows(path: Path, languages: tuple[str, str]) -> Iterator[tuple[str, str]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    if not path.is_file():
+        raise InputError(f"{path} does not exist")
+    try:
+        table = pyarrow.parquet.ParquetFile(path)
+        for batch in table.iter_batches(BATCH_ROWS):
+            for record in batch.to_pylist():
+                yield _record_pair(record, languages, str(path))
+    except pyarrow.ArrowException as error:
+        raise InputError(
+            f"{path}: no readable parquet file ({str(error)[:80]})"
+        ) from None
+
+
+def _aligned_rows(source: Path, target: Path) -> Iterator[tuple[str, str]]:
+    pairs = zip_longest(read_lines(source), read_lines(target))
+    for number, pair in enumerate(pairs, 1):
+        if None in pair:
+            short, long = (source, target) if pair[0] is None else (target, source)
+            raise InputError(
+                f"{short} ends before line {number} of {long}: not line-aligned"
+            )
+        yield pair
+
+
+def hub_reachable(seconds: float = 5.0) -> bool:
+    """Whether the Hugging Face hub answers. Asked before anything that would retry for minutes.
+
+    Where it does not, HF_HUB_OFFLINE is set, so that what is cached loads and all else fails at
+    once. The libraries read that variable when they are imported, hence our late imports.
+    """
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return False
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    answers = []
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(
+                urllib.request.Request(endpoint, method="HEAD"), timeout=seconds
+            )
+        except urllib.error.HTTPError:
+            pass  # an answer, if not a friendly one
+        except OSError:
+            return
+        answers.append(True)
+
+    # In a thread, since a time-out does not cover looking up the host's name.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not answers:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    return bool(answers)
+
+
+def _hub_rows(
+    name: str, subset: str | None, split: str, languages: tuple[str, str]
+) -> Iterator[tuple[str, str]]:
+    online = hub_reachable()
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        rows = datasets.load_dataset(name, subset, split=split)
+    except Exception as error:  # noqa: BLE001 - of many kinds, others in every version
+        if online:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        else:
+            reason = "it is not cached here and the hub cannot be reached"
+        label = "/".join(filter(None, (name, subset, split)))
+        raise InputError(
+            f"cannot load data set {label}: {reason}; "
+            "check the name, connect once, or give a file: --dataset pairs.tsv"
+        ) from None
+    for batch in rows.iter(BATCH_ROWS):
+        for values in zip(*batch.values()):
+            yield _record_pair(dict(zip(batch, values)), languages, name)
+
+
+def read_pairs(
+    dataset: str | list[str],
+    subset: str | None = None,
+    split: str = "train",
+    languages: tuple[str, str] = ("en", "ro"),
+    seed: int = 0,
+) -> Iterator[TextBatch]:
+    """Normalised sentence pairs, in batches of `BATCH_ROWS`.
+
+    Args:
+        dataset: "phrasebook", a name on the Hugging Face hub, or one or more files: .tsv
+            (source<TAB>target, no quoting), .csv (with a header), .jsonl or .json (objects),
+            .parquet; or exactly two files of any other name, line-aligned, source first.
+        subset, split: of a hub data set.
+        languages: codes of source and target; they name the columns.
+        seed: of the phrasebook.
+
+    Raises InputError, for text files with file and line.
+    """
+    names = [dataset] if isinstance(dataset, str) else list(dataset)
+    paths = [Path(name).expanduser() for name in names]
+    readers = {".tsv": _tsv_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
+    readers |= {".jsonl": _json_rows, ".json": _json_rows}
+    unknown = [path for path in paths if path.suffix not in readers]
+    if names == [PHRASEBOOK]:
+        rows = phrasebook(seed=seed)
+    elif not unknown:
+        rows = (row for path in paths for row in readers[path.suffix](path, languages))
+    elif len(unknown) == len(paths) == 2:
+        rows = _aligned_rows(*paths)
+    elif len(paths) > 1:
+        raise InputError(
+            f"cannot tell what {unknown[0]} is: give files ending in {' '.join(readers)}, "
+            "or exactly two line-aligned text files"
+        )
+    elif paths[0].exists():
+        raise InputError(
+            f"cannot tell what {paths[0]} is: files end in {' '.join(readers)}, "
+            "and line-aligned text files come in twos"
+        )
+    else:
+        rows = _hub_rows(names[0], subset, split, languages)
+    source_language, target_language = languages
+    for batch in _batched(rows):
+        yield (
+            [normalize(source, source_language) for source, _ in batch],
+            [normalize(target, target_language) for _, target in batch],
+        )
+
+
+def _batched(rows: Iterable) -> Iterator[list]:
+    rows = iter(rows)
+    while batch := list(islice(rows, BATCH_ROWS)):
+        yield batch
+
+
+# ---- cleaning ---------------------------------------------------------------------------------
+
+
+def clean(batches: Iterable[TextBatch], dropped: Counter) -> Iterator[TextBatch]:
+    """Pairs that can teach something; the others are counted in `dropped` by reason.
+
+    Dropped: a side is empty; the very same pair came before; one side is over three times as long
+    as the other (in characters, with 20 to spare for short sentences).
+    """
+    seen = set()
+    for sources, targets in batches:
+        kept = []
+        for source, target in zip(sources, targets):
+            short, long = sorted((len(source), len(target)))
+            key = hashlib.blake2b(
+                f"{source}\t{target}".encode(), digest_size=8
+            ).digest()
+            if not short:
+                dropped["empty"] += 1
+            elif key in seen:
+                dropped["duplicate"] += 1
+            elif long > 3 * short + 20:
+                dropped["length ratio"] += 1
+            else:
+                kept.append((source, target))
+            seen.add(key)
+        yield [source for source, _ in kept], [target for _, target in kept]
+
+
+# ---- tokenizer --------------------------------------------------------------------------------
+
+
+def load_tokenizer(name: str):
+    """A Hugging Face tokenizer by hub name or folder, with a pad and an eos of its own.
+
+    Ids are what the model sees, and pad also starts the decoder, so pad and eos must exist and
+    differ. A missing one is added (GPT-2 has no pad, BERT no eos).
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        name = str(folder)
+    elif folder.is_file() or name.startswith((".", "/", "~")):
+        raise InputError(f"tokenizer {name} is no folder that a tokenizer was saved in")
+    online = folder.is_dir() or hub_reachable()
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=not online)
+    except Exception as error:  # noqa: BLE001 - of many kinds, others in every version
+        reason = (
+            " ".join(str(error).split())[:200]
+            if online
+            else "not cached, and the hub is away"
+        )
+        raise InputError(
+            f"cannot load tokenizer {name}: {reason}; give another name, the folder of a "
+            "tokenizer, or train one: --tokenizer train:8000"
+        ) from None
+    if tokenizer.eos_token_id is None:
+        tokenizer.add_special_tokens({"eos_token": "</s>"})
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.model_max_length = int(
+        1e30
+    )  # a limit of the model it came with, not of ours
+    return tokenizer
+
+
+def train_tokenizer(texts: Iterable[list[str]], vocab_size: int):
+    """A byte-level BPE (Radford et al. 2019): every text round-trips, nothing is `<unk>`.
+
+    Args: texts: batches of sentences, source and target alike. vocab_size: at least 300.
+    Returns: a `PreTrainedTokenizerFast` with <pad> 0, </s> 1, <unk> 2.
+    """
+    from tokenizers import (
+        Tokenizer,
+        decoders,
+        models,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
+    from transformers import PreTrainedTokenizerFast
+
+    if vocab_size < 300:
+        raise InputError(
+            f"a byte-level vocabulary needs 300 tokens at least, not {vocab_size}"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<pad>", "</s>", "<unk>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", tokenizer.token_to_id("</s>"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+    )
+
+
+def encode_texts(texts: list[str], tokenizer) -> list[list[int]]:
+    """Token ids of each text, ending in eos whether or not the tokenizer adds it by itself."""
+    if not texts:
+        return []
+    ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)[
+        "input_ids"
+    ]
+    return [[*row, tokenizer.eos_token_id] for row in ids]
+
+
+def decode_ids(ids: Tensor, tokenizer, language: str) -> list[str]:
+    """One line of normalised text per row of ids [B, T]."""
+    # Clean-up would move spaces around punctuation, which training never saw.
+    texts = tokenizer.batch_decode(
+        ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    return [normalize(text, language) for text in texts]
+
+
+def encode(
+    batches: Iterable[TextBatch], tokenizer, max_length: int, dropped: Counter
+) -> Iterator[dict[str, list]]:
+    """Columns source, target, source_ids, target_ids of the pairs within `max_length` tokens.
+
+    Longer ones are dropped and counted, not cut: half a sentence is no translation of a whole one.
+    """
+    for sources, targets in batches:
+        columns = (
+            sources,
+            targets,
+            encode_texts(sources, tokenizer),
+            encode_texts(targets, tokenizer),
+        )
+        kept = [
+            row for row in zip(*columns) if max(len(row[2]), len(row[3])) <= max_length
+        ]
+        dropped["over-long"] += len(sources) - len(kept)
+        names = ("source", "target", "source_ids", "target_ids")
+        yield (
+            dict(zip(names, map(list, zip(*kept))))
+            if kept
+            else {name: [] for name in names}
+        )
+
+
+def to_table(batches: Iterable[dict[str, list]], limit: int | None = None):
+    """Batches of columns as one Arrow-backed `datasets.Dataset`, of `limit` rows at most."""
+    import datasets
+    import pyarrow
+
+    types = {"source": pyarrow.string(), "target": pyarrow.string()}
+    types |= {
+        "source_ids": pyarrow.list_(pyarrow.int32()),
+        "target_ids": pyarrow.list_(pyarrow.int32()),
+    }
+    tables, rows = [], 0
+    for batch in batches:
+        arrays = {
+            name: pyarrow.array(column, types[name]) for name, column in batch.items()
+        }
+        table = pyarrow.table(arrays)[: None if limit is None else limit - rows]
+        tables.append(table)
+        rows += len(table)
+        if limit is not None and rows >= limit:
+            break
+    if not rows:
+        return None
+    return datasets.Dataset(pyarrow.concat_tables(tables).combine_chunks())
+
+
+# ---- split ------------------------------------------------------------------------------------
+
+
+def grouped_split(
+    groups, test_size: float, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Row numbers for training and for validation; no group has rows in both.
+
+    A random split would leak: a source sentence with two translations would stand on both sides.
+
+    Args: groups: [N], equal for rows of one group. test_size: share of the groups (below 1) or
+    their number. Raises InputError where that leaves either side empty.
+    """
+    from sklearn.model_selection import GroupShuffleSplit
+
+    test_size = float(test_size) if test_size < 1 else int(test_size)
+    splitter = GroupShuffleSplit(n_splits=1, test_size=test_size, random_state=seed)
+    try:
+        train_rows, test_rows = next(splitter.split(groups, groups=groups))
+    except ValueError as error:
+        raise InputError(
+            f"cannot hold out {test_size} of {len(groups)} pairs: {error}"
+        ) from None
+    return train_rows, test_rows
+
+
+# ---- batches ----------------------------------------------------------------------------------
+
+
+class PairDataset(Dataset):
+    """Token ids of sentence pairs, flat: row i of a side is ids[offsets[i]:offsets[i + 1]].
+
+    `dataset[i]` is (source ids [S] int64, target ids [T] int64), both ending in eos.
+    """
+
+    def __init__(self, table):
+        """table: a `datasets.Dataset` with columns source_ids and target_ids."""
+        arrow = table.with_format("arrow")[:]
+        self.sides = []  # (flat ids int32, offsets) of source and of target
+        for name in ("source_ids", "target_ids"):
+            column = arrow[name].combine_chunks()
+            lengths = np.diff(column.offsets.to_numpy())
+            offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+            # A copy: torch will not take Arrow's read-only memory.
+            self.sides.append((column.flatten().to_numpy().copy(), offsets))
+
+    def __len__(self) -> int:
+        return len(self.sides[0][1]) - 1
+
+    def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
+        source, target = (
+            torch.from_numpy(ids[offsets[row] : offsets[row + 1]]).long()
+            for ids, offsets in self.sides
+        )
+        return source, target
+
+    @property
+    def lengths(self) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens per row of source and target, eos included, each [N]."""
+        source, target = (np.diff(offsets) for _, offsets in self.sides)
+        return source, target
+
+    def rows_with(self, token_id: int | None) -> tuple[float, float]:
+        """Share of the rows whose source, and whose target, holds a token (`<unk>`, say)."""
+        shares = []
+        for ids, offsets in self.sides:
+            positions = np.flatnonzero(ids == (-1 if token_id is None else token_id))
+            rows = np.searchsorted(offsets, positions, side="right")
+            shares.append(len(np.unique(rows)) / max(len(self), 1))
+        return shares[0], shares[1]
+
+
+class BucketBatchSampler(Sampler[list[int]]):
+    """Batches of rows of similar length, in an order that follows from (seed, epoch) alone.
+
+    Rows are shuffled, sorted by length inside pools of `POOL` batches, cut into batches, and the
+    batches shuffled. `shuffle=False` sorts everything: the least padding, always the same order.
+    """
+
+    POOL = 100
+
+    def __init__(
+        self,
+        source_lengths: np.ndarray,
+        target_lengths: np.ndarray,
+        batch_size: int,
+        seed: int = 0,
+        shuffle: bool = True,
+    ):
+        self.source_lengths, self.target_lengths = source_lengths, target_lengths
+        self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
+        self.sampler = self  # where Lightning looks for set_epoch
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lay out the batches of an epoch, counted from 0."""
+        count, size = len(self.source_lengths), self.batch_size
+        random_state = np.random.default_rng([self.seed, epoch])
+        rows = random_state.permutation(count) if self.shuffle else np.arange(count)
+        pool = self.POOL * size if self.shuffle else max(count, 1)
+        self.batches = []
+        for start in range(0, count, pool):
+            part = rows[start : start + pool]
+            order = np.lexsort((self.source_lengths[part], self.target_lengths[part]))
+            part = part[order]
+            self.batches += [part[i : i + size] for i in range(0, len(part), size)]
+        if self.shuffle:
+            self.batches = [
+                self.batches[i] for i in random_state.permutation(len(self.batches))
+            ]
+        self.target_tokens = np.array(
+            [self.target_lengths[rows].sum() for rows in self.batches]
+        )
+
+    def window_tokens(self, batch: int, accumulate: int) -> int:
+        """Target tokens of the whole accumulation window that batch number `batch` is part of."""
+        start = batch // accumulate * accumulate
+        return int(self.target_tokens[start : start + accumulate].sum())
+
+    def padding_share(self) -> float:
+        """Pads among all positions of this epoch's batches, both sides, from 0 to 1."""
+        real = padded = 0
+        for lengths in (self.source_lengths, self.target_lengths):
+            real += lengths.sum()
+            padded += sum(len(rows) * lengths[rows].max() for rows in self.batches)
+        return 1.0 - real / padded
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (rows.tolist() for rows in self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def pad_batch(
+    rows: list[tuple[Tensor, Tensor]], pad_id: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Rows (source [S_i], target [T_i]) -> (input_ids [B, S], labels [B, T]) int64.
+
+    Padded on the right, and only up to the longest row.
+    """
+    sides = []
+    for side in zip(*rows):
+        ids = pad_sequence(side, batch_first=True, padding_value=pad_id)
+        sides.append(ids[:, : int(ids.ne(pad_id).sum(dim=1).max())])
+    return sides[0], sides[1]
+
+
+def make_loader(
+    dataset: Dataset,
+    lengths: tuple[np.ndarray, np.ndarray],
+    batch_size: int,
+    pad_id: int = 0,
+    seed: int = 0,
+    shuffle: bool = True,
+) -> DataLoader:
+    """Batches (input_ids [B, S], labels [B, T]) of a data set of (source, target) id tensors."""
+    return DataLoader(
+        dataset,
+        batch_sampler=BucketBatchSampler(*lengths, batch_size, seed, shuffle),
+        collate_fn=partial(pad_batch, pad_id=pad_id),
+    )
+
+
+# ---- the whole way ----------------------------------------------------------------------------
+
+
+@dataclass
+class Data:
+    """What a training run needs to know of its data."""
+
+    tokenizer: object
+    train: PairDataset
+    validation: PairDataset
+    validation_text: (
+        object  # `datasets.Dataset` with columns source and target, in row order
+    )
+    dropped: dict[str, int]  # pairs lost in cleaning, by reason
+
+
+def prepare(
+    batches: Iterable[TextBatch],
+    tokenizer: str,
+    max_length: int,
+    validation_size: float,
+    num_samples: int | None = None,
+    seed: int = 0,
+) -> Data:
+    """From sentence pairs to training and validation ids.
+
+    Args:
+        tokenizer: a hub name, a folder, or "train:N", a vocabulary of N learnt from the training
+            rows alone.
+        max_length: tokens per sentence, eos included; longer pairs are dropped.
+        validation_size: share of the source sentences held out, or their number.
+        num_samples: stop after this many pairs that survived cleaning.
+
+    Raises InputError where nothing is left.
+    """
+    dropped = Counter()
+    kind, _, size = tokenizer.partition(":")
+    to_train = kind == "train"
+    if to_train and not size.isdecimal():
+        raise InputError(
+            f"--tokenizer {tokenizer}: write train:N, for example train:8000"
+        )
+    pairs = clean(batches, dropped)
+    if to_train:
+        table = to_table(({"source": s, "target": t} for s, t in pairs), num_samples)
+    else:
+        tokenizer = load_tokenizer(tokenizer)
+        table = to_table(encode(pairs, tokenizer, max_length, dropped), num_samples)
+    if table is None:
+        raise InputError(f"no pairs left after cleaning{describe_dropped(dropped)}")
+    groups = (
+        table.data.column("source")
+        .combine_chunks()
+        .dictionary_encode()
+        .indices.to_numpy()
+    )
+    parts = [
+        table.select(rows) for rows in grouped_split(groups, validation_size, seed)
+    ]
+    if to_train:
+        texts = (side for batch in _text_columns(parts[0]) for side in batch)
+        tokenizer = train_tokenizer(texts, int(size))
+        parts = [
+            to_table(encode(_text_columns(part), tokenizer, max_length, dropped))
+            for part in parts
+        ]
+    if None in parts:
+        raise InputError(f"training or validation is empty{describe_dropped(dropped)}")
+    train, validation = map(PairDataset, parts)
+    return Data(tokenizer, train, validation, parts[1], dict(dropped))
+
+
+def _text_columns(table) -> Iterator[TextBatch]:
+    for batch in table.iter(BATCH_ROWS):
+        yield batch["source"], batch["target"]
+
+
+def describe_dropped(dropped: dict[str, int]) -> str:
+    """ " (dropped: 3 duplicate, 1 empty)", or nothing where nothing was."""
+    reasons = [f"{count:,} {reason}" for reason, count in dropped.items() if count]
+    return f" (dropped: {', '.join(reasons)})" if reasons else ""
+
+
+# ---- the tutorial's two calls -----------------------------------------------------------------
+
+
+def load_dataset_and_tokenize(
+    num_samples: int | None,
+    dataset_name: str | list[str] = "wmt16",
+    subset: str | None = "ro-en",
+    split: str = "train[:80%]",
+    max_length: int = 50,
+    tokenizer: str = "t5-small",
+    languages: tuple[str, str] = ("en", "ro"),
+):
+    """The first `num_samples` usable pairs of a data set as padded matrices.
+
+    Returns: (input_ids [N, max_length], decoder_input_ids [N, max_length], tokenizer), int64,
+    padded on the right. The second matrix holds the target sentences, each ending in eos: the
+    labels, which `seq2seq.shift_right` turns into what the decoder reads. N falls short of
+    num_samples only where the data does. Raises InputError.
+    """
+    dropped = Counter()
+    tokenizer = load_tokenizer(tokenizer)
+    pairs = clean(read_pairs(dataset_name, subset, split, languages), dropped)
+    table = to_table(encode(pairs, tokenizer, max_length, dropped), num_samples)
+    if table is None:
+        raise InputError(f"no pairs left after cleaning{describe_dropped(dropped)}")
+    sides = []
+    for name in ("source_ids", "target_ids"):
+        matrix = torch.full((len(table), max_length), tokenizer.pad_token_id)
+        for row, ids in zip(matrix, table[name]):
+            row[: len(ids)] = torch.tensor(ids)
+        sides.append(matrix)
+    return sides[0], sides[1], tokenizer
+
+
+def create_dataloaders(
+    input_ids: Tensor,
+    decoder_input_ids: Tensor,
+    test_size: float = 0.2,
+    batch_size: int = 16,
+    pad_id: int = 0,
+    seed: int = 0,
+) -> tuple[DataLoader, DataLoader]:
+    """Training and validation loaders over padded matrices [N, max_length] of token ids.
+
+    Exact duplicate pairs are dropped, and no source sentence stands on both sides. A batch is
+    (input_ids [B, S], labels [B, T]), trimmed to its longest row; an item of `.dataset` keeps its
+    full width, which is what Modlee's callbacks read.
+    """
+    pairs = torch.cat([input_ids, decoder_input_ids], dim=1).unique(
+        dim=0
+    )  # [N', S + T]
+    sources, targets = pairs.split(
+        [input_ids.size(1), decoder_input_ids.size(1)], dim=1
+    )
+    _, groups = sources.unique(dim=0, return_inverse=True)
+    loaders = []
+    for rows in grouped_split(groups.numpy(), test_size, seed):
+        dataset = TensorDataset(sources[rows], targets[rows])
+        lengths = [
+            ids[rows].ne(pad_id).sum(dim=1).numpy() for ids in (sources, targets)
+        ]
+        shuffle = not loaders  # training comes first
+        loaders.append(make_loader(dataset, lengths, batch_size, pad_id, seed, shuffle))
+    return loaders[0], loaders[1]
+
+
+# ---- the built-in corpus ----------------------------------------------------------------------
+#
+# An invented phrasebook, written for this repository: a phrase grammar that builds an English
+# sentence and its Romanian translation side by side. It is no benchmark. It has what makes
+# translating more than replacing words: adjectives after the noun, agreement in gender and number,
+# the suffixed article and the prepositions that drop it, verb persons, clitics (also doubling a
+# human object: "Îl văd pe profesor"), dative "a plăcea", numerals that agree, questions that invert.
+
+# English singular and plural; gender; kind (h human, a animal, t thing, p place); the prepositions
+# that suit it as a place; Romanian singular, with the article, plural, with the article.
+_NOUNS = """
+teacher teachers m h - profesor profesorul profesori profesorii
+doctor doctors m h - doctor doctorul doctori doctorii
+student students m h - student studentul studenți studenții
+neighbour neighbours m h - vecin vecinul vecini vecinii
+child children m h - copil copilul copii copiii
+boy boys m h - băiat băiatul băieți băieții
+girl girls f h - fată fata fete fetele
+woman women f h - femeie femeia femei femeile
+cat cats f a - pisică pisica pisici pisicile
+dog dogs m a - câine câinele câini câinii
+horse horses m a - cal calul cai caii
+wolf wolves m a - lup lupul lupi lupii
+bird birds f a - pasăre pasărea păsări păsările
+book books f t - carte cartea cărți cărțile
+letter letters f t - scrisoare scrisoarea scrisori scrisorile
+key keys f t - cheie cheia chei cheile
+flower flowers f t - floare floarea flori florile
+shirt shirts f t - cămașă cămașa cămăși cămășile
+bag bags f t - geantă geanta genți gențile
+bicycle bicycles f t - bicicletă bicicleta biciclete bicicletele
+apple apples n t - măr mărul mere merele
+knife knives n t - cuțit cuțitul cuțite cuțitele
+shoe shoes m t - pantof pantoful pantofi pantofii
+coat coats n t - palton paltonul paltoane paltoanele
+phone phones n t - telefon telefonul telefoane telefoanele
+newspaper newspapers n t - ziar ziarul ziare ziarele
+table tables f t on,under,near masă masa mese mesele
+chair chairs n t on,under,near scaun scaunul scaune scaunele
+car cars f t in,under,near mașină mașina mașini mașinile
+boat boats f t in,near barcă barca bărci bărcile
+house houses f p in,near casă casa case casele
+garden gardens f p in,near grădină grădina grădini grădinile
+school schools f p at,near școală școala școli școlile
+hospital hospitals n p at,near spital spitalul spitale spitalele
+city cities n p in,near oraș orașul orașe orașele
+train trains n p in,near tren trenul trenuri trenurile
+bridge bridges n p on,under,near pod podul poduri podurile
+"""
+
+# English; the kinds it describes; Romanian masculine, feminine, and both plurals (neuter nouns are
+# masculine in the singular and feminine in the plural).
+_ADJECTIVES = """
+big hatp mare mare mari mari
+small hatp mic mică mici mici
+beautiful hatp frumos frumoasă frumoși frumoase
+good hatp bun bună buni bune
+new htp nou nouă noi noi
+old ha bătrân bătrână bătrâni bătrâne
+old tp vechi veche vechi vechi
+tired ha obosit obosită obosiți obosite
+happy ha fericit fericită fericiți fericite
+hungry ha flămând flămândă flămânzi flămânde
+strong ha puternic puternică puternici puternice
+tall h înalt înaltă înalți înalte
+white atp alb albă albi albe
+black atp negru neagră negri negre
+red tp roșu roșie roșii roșii
+yellow tp galben galbenă galbeni galbene
+expensive t scump scumpă scumpi scumpe
+"""
+
+# English base, third person and past ("_" is a space); the kinds of its object, "-" for none;
+# Romanian I, you, he, we, they; past participle; infinitive.
+_VERBS = """
+see sees saw hatp văd vezi vede vedem văd văzut vedea
+find finds found hat găsesc găsești găsește găsim găsesc găsit găsi
+look_for looks_for looked_for hat caut cauți caută căutăm caută căutat căuta
+forget forgets forgot ht uit uiți uită uităm uită uitat uita
+hear hears heard ha aud auzi aude auzim aud auzit auzi
+love loves loved ha iubesc iubești iubește iubim iubesc iubit iubi
+help helps helped h ajut ajuți ajută ajutăm ajută ajutat ajuta
+wait_for waits_for waited_for h aștept aștepți așteaptă așteptăm așteaptă așteptat aștepta
+call calls called h chem chemi cheamă chemăm cheamă chemat chema
+meet meets met h întâlnesc întâlnești întâlnește întâlnim întâlnesc întâlnit întâlni
+visit visits visited hp vizitez vizitezi vizitează vizităm vizitează vizitat vizita
+buy buys bought at cumpăr cumperi cumpără cumpărăm cumpără cumpărat cumpăra
+sell sells sold at vând vinzi vinde vindem vând vândut vinde
+want wants wanted at vreau vrei vrea vrem vor vrut vrea
+lose loses lost t pierd pierzi pierde pierdem pierd pierdut pierde
+wash washes washed at spăl speli spală spălăm spală spălat spăla
+sleep sleeps slept - dorm dormi doarme dormim dorm dormit dormi
+eat eats ate - mănânc mănânci mănâncă mâncăm mănâncă mâncat mânca
+stay stays stayed - stau stai stă stăm stau stat sta
+run runs ran - alerg alergi aleargă alergăm aleargă alergat alerga
+sing sings sang - cânt cânți cântă cântăm cântă cântat cânta
+dance dances danced - dansez dansezi dansează dansăm dansează dansat dansa
+"""
+_ANIMALS_DO = ("sleep", "eat", "stay", "run", "see", "hear", "look_for", "find")
+
+
+_PERSONS = {"I": 0, "you": 1, "he": 2, "she": 2, "we": 3, "they": 4}
+_SUBJECTS = {"he": "el", "she": "ea", "they": "ei"}  # Romanian drops the others
+_OBJECTS = {"me": "mă", "you": "te", "him": "îl", "her": "o", "us": "ne", "them": "îi"}
+_SHORT = {"mă": "m-", "te": "te-", "îl": "l-", "ne": "ne-", "îi": "i-", "le": "le-"}
+_DATIVES = {  # subject of "to like": emphatic pronoun, long and short clitic
+    "I": ("", "îmi", "mi-"),
+    "you": ("", "îți", "ți-"),
+    "he": ("lui", "îi", "i-"),
+    "she": ("ei", "îi", "i-"),
+    "we": ("", "ne", "ne-"),
+    "they": ("lor", "le", "le-"),
+}
+_HAVE = ("am", "ai", "a", "am", "au")  # auxiliary of the past
+_WILL = ("voi", "vei", "va", "vom", "vor")
+_POSSESSIVES = {
+    "my": "meu mea mei mele",
+    "your": "tău ta tăi tale",
+    "his": "lui lui lui lui",
+    "her": "ei ei ei ei",
+    "our": "nostru noastră noștri noastre",
+    "their": "lor lor lor lor",
+}
+_DEMONSTRATIVES = {"this": "acest această", "that": "acel acea"}
+_DEMONSTRATIVES |= {"these": "_ _ acești aceste", "those": "_ _ acei acele"}
+_QUANTITIES = {
+    "two": "doi două",
+    "three": "trei trei",
+    "five": "cinci cinci",
+    "ten": "zece zece",
+    "twelve": "doisprezece douăsprezece",
+    "twenty": "douăzeci_de douăzeci_de",
+    "twenty-two": "douăzeci_și_doi_de douăzeci_și_două_de",
+    "a hundred": "o_sută_de o_sută_de",
+    "many": "mulți multe",
+    "some": "niște niște",
+}
+_PREPOSITIONS = {"in": "în", "on": "pe", "under": "sub", "near": "lângă", "at": "la"}
+_TIMES = {
+    "present": (("now", "acum"), ("today", "azi"), ("every day", "în fiecare zi")),
+    "past": (("yesterday", "ieri"), ("last week", "săptămâna trecută")),
+    "future": (("tomorrow", "mâine"), ("next week", "săptămâna viitoare")),
+}
+_QUESTIONS = (("when", "când"), ("why", "de ce"), ("how", "cum"), ("", ""), ("", ""))
+_WHO = {"en": "who", "ro": "cine", "person": 2, "kind": "h"}
+_LINKS = ((", but ", ", dar "), (" and ", " și "), (" because ", " pentru că "))
+_TO_BE = {
+    "present": ("am are is are are", "sunt ești este suntem sunt"),
+    "past": ("was were was were were", "eram erai era eram erau"),
+    "future": ("will will will will will", "voi vei va vom vor"),
+}
+
+
+class _Grammar:
+    """Builds sentence pairs from one random generator."""
+
+    def __init__(self, seed: int):
+        self.random = random.Random(seed)
+        self.nouns = [line.split() for line in _NOUNS.strip().splitlines()]
+        self.adjectives = [line.split() for line in _ADJECTIVES.strip().splitlines()]
+        self.verbs = [line.split() for line in _VERBS.strip().splitlines()]
+
+    def pick(self, options):
+        return self.random.choice(list(options))
+
+    def chance(self, probability: float) -> bool:
+        return self.random.random() < probability
+
+    def noun_phrase(
+        self, kinds: str, determiners: str, noun: list[str] | None = None
+    ) -> dict:
+        """`determiners`: t the, a indefinite, p possessive, d demonstrative, q quantity, e every."""
+        noun = noun or self.pick(n for n in self.nouns if n[3] in kinds)
+        kind = self.pick(determiners)
+        plural = kind == "q" or (kind in "tpd" and self.chance(0.35))
+        feminine = noun[2] == "f" or (noun[2] == "n" and plural)
+
+        def agree(
+            forms: list[str],
+        ) -> str:  # masculine, feminine, and the plurals of both
+            return forms[2 * plural + feminine]
+
+        indefinite, definite = noun[5 + 2 * plural], noun[6 + 2 * plural]
+        adjective = None
+        if self.chance(0.45):
+            adjective = self.pick(a for a in self.adjectives if noun[3] in a[1])
+        en = [adjective[0]] if adjective else []
+        en.append(noun[plural])
+        tail = [agree(adjective[2:])] if adjective else []
+        if kind == "t":
+            en.insert(0, "the")
+            ro = [definite, *tail]
+        elif kind == "a":
+            en.insert(0, "an" if en[0][0] in "aeiou" else "a")
+            ro = ["o" if feminine else "un", indefinite, *tail]
+        elif kind == "e":
+            en.insert(0, "every")
+            ro = ["fiecare", indefinite, *tail]
+        elif kind == "p":
+            owner = self.pick(_POSSESSIVES)
+            en.insert(0, owner)
+            ro = [definite, agree(_POSSESSIVES[owner].split()), *tail]
+        elif kind == "d":
+            pointer = self.pick(("these", "those") if plural else ("this", "that"))
+            en.insert(0, pointer)
+            ro = [agree(_DEMONSTRATIVES[pointer].split()), indefinite, *tail]
+        else:
+            quantity = self.pick(_QUANTITIES)
+            en.insert(0, quantity)
+            ro = [
+                _QUANTITIES[quantity].split()[feminine].replace("_", " "),
+                indefinite,
+                *tail,
+            ]
+        return {
+            "en": " ".join(en),
+            "ro": " ".join(ro),
+            # A preposition drops the article of a noun that stands alone: "în grădină".
+            "governed": indefinite if kind == "t" and not adjective else " ".join(ro),
+            "person": 4 if plural else 2,
+            "agree": agree,
+            "kind": noun[3],
+            "clitic": ("îl", "o", "îi", "le")[2 * plural + feminine],
+            "definite": kind in "tpd",
+        }
+
+    def place(self) -> tuple[str, str]:
+        noun = self.pick(n for n in self.nouns if n[4] != "-")
+        preposition = self.pick(noun[4].split(","))
+        phrase = self.noun_phrase("", "ttpd", noun)
+        ro = f"{_PREPOSITIONS[preposition]} {phrase['governed']}"
+        return f"{preposition} {phrase['en']}", ro
+
+    def subject(self, kinds: str, pronouns=tuple(_PERSONS)) -> dict:
+        if self.chance(0.5):
+            en = self.pick(pronouns)
+            form = {"she": 1, "they": 2}.get(
+                en, 0
+            )  # masculine, feminine, masculine plural
+            return {
+                "en": en,
+                "ro": _SUBJECTS.get(en, ""),
+                "person": _PERSONS[en],
+                "kind": "h",
+                "agree": lambda forms: forms[form],
+            }
+        return self.noun_phrase(kinds, "ttppdqea")
+
+    def action(self, question: bool) -> tuple[str, str]:
+        """A subject, a verb in one of three tenses, an object or a place, perhaps a time."""
+        asks_who = question and self.chance(0.2)
+        subject = _WHO if asks_who else self.subject("hha")
+        question = question and not asks_who  # "who" asks in the order of a statement
+        verb = self.pick(
+            v for v in self.verbs if subject["kind"] == "h" or v[0] in _ANIMALS_DO
+        )
+        tense, negative = self.pick(_TIMES), self.chance(0.25)
+        en_object, ro_object, clitic = "", "", ""
+        if verb[3] == "-":
+            en_object, ro_object = self.place()
+        elif "h" in verb[3] and self.chance(0.3):
+            own = {"I": "me us", "we": "us me", "you": "you"}.get(
+                subject["en"], ""
+            ).split()
+            en_object = self.pick(o for o in _OBJECTS if o not in own)
+            clitic = _OBJECTS[en_object]
+        else:
+            thing = self.noun_phrase(verb[3], "ttapdq")
+            en_object, ro_object = thing["en"], thing["ro"]
+            if thing["kind"] == "h" and thing["definite"]:
+                # A definite person is doubled by a clitic and marked with "pe".
+                ro_object, clitic = f"pe {thing['governed']}", thing["clitic"]
+        en_time, ro_time = self.pick(_TIMES[tense]) if self.chance(0.25) else ("", "")
+        en_rest, ro_rest = [en_object, en_time], [ro_object, ro_time]
+        ro_verb = _romanian(verb[4:], subject["person"], tense, negative, clitic)
+        en_word, ro_word = self.pick(_QUESTIONS) if question else ("", "")
+        # A question word moves the subject behind the verb.
+        order = [ro_verb, subject["ro"]] if ro_word else [subject["ro"], ro_verb]
+        english = _english(subject, verb, tense, negative, question, en_rest)
+        return _join([en_word, english]), _join([ro_word, *order, *ro_rest])
+
+    def state(self, question: bool) -> tuple[str, str]:
+        """To be something, or somewhere."""
+        tense, negative = self.pick(_TIMES), self.chance(0.3)
+        if self.chance(0.5):
+            subject = self.subject("hatp", ("he", "she", "they"))
+            said = subject["en"].split()
+            adjectives = (a for a in self.adjectives if subject["kind"] in a[1])
+            adjective = self.pick(a for a in adjectives if a[0] not in said)
+            en_what, ro_what = adjective[0], subject["agree"](adjective[2:])
+        else:
+            subject = self.subject("hat")
+            en_what, ro_what = self.place()
+        en_forms, ro_forms = (forms.split() for forms in _TO_BE[tense])
+        en_verb, ro_verb = en_forms[subject["person"]], ro_forms[subject["person"]]
+        future = tense == "future"
+        en = [en_verb, subject["en"]] if question else [subject["en"], en_verb]
+        en += ["not" if negative else "", "be" if future else "", en_what]
+        ro = [
+            subject["ro"],
+            "nu" if negative else "",
+            ro_verb,
+            "fi" if future else "",
+            ro_what,
+        ]
+        return _join(en), _join(ro)
+
+    def liking(self, question: bool) -> tuple[str, str]:
+        """What is liked becomes the subject, and who likes it a dative: "Îmi place casa"."""
+        who, thing = self.pick(_DATIVES), self.noun_phrase("hatp", "tpd")
+        tense, negative = self.pick(_TIMES), self.chance(0.3)
+        emphatic, clitic, short = _DATIVES[who]
+        plural = thing["person"] == 4
+        ro_verb = {
+            "present": f"{clitic} {'plac' if plural else 'place'}",
+            "past": f"{short}{'au' if plural else 'a'} plăcut",
+            "future": f"{clitic} {'vor' if plural else 'va'} plăcea",
+        }[tense]
+        subject, verb = {"en": who, "person": _PERSONS[who]}, ("like", "likes", "liked")
+        ro = [emphatic, "nu" if negative else "", ro_verb, thing["ro"]]
+        return _english(subject, verb, tense, negative, question, [thing["en"]]), _join(
+            ro
+        )
+
+    def sentence(self) -> tuple[str, str]:
+        """One pair, with capitals and a final mark."""
+        makers = (self.action, self.action, self.action, self.state, self.liking)
+        question = self.chance(0.25)
+        en, ro = self.pick(makers)(question)
+        if not question and self.chance(0.15):
+            (en_link, ro_link), (en_more, ro_more) = (
+                self.pick(_LINKS),
+                self.pick(makers)(False),
+            )
+            en, ro = en + en_link + en_more, ro + ro_link + ro_more
+        mark = "?" if question else "."
+        return en[0].upper() + en[1:] + mark, ro[0].upper() + ro[1:] + mark
+
+
+def _join(words) -> str:
+    return " ".join(word for word in words if word)
+
+
+def _english(
+    subject, verb, tense: str, negative: bool, question: bool, rest: list[str]
+) -> str:
+    base, third, past = (form.replace("_", " ") for form in verb[:3])
+    singular = subject["person"] == 2
+    helper = {"present": "does" if singular else "do", "past": "did", "future": "will"}[
+        tense
+    ]
+    finite = {"present": third if singular else base, "past": past}.get(tense)
+    if question:
+        words = [helper, subject["en"], "not" if negative else "", base]
+    elif negative or not finite:
+        words = [subject["en"], helper, "not" if negative else "", base]
+    else:
+        words = [subject["en"], finite]
+    return _join(words + rest)
+
+
+def _romanian(
+    forms: list[str], person: int, tense: str, negative: bool, clitic: str
+) -> str:
+    """The verb with its negation, auxiliary and object clitic, in their order."""
+    no, *present, participle, infinitive = ["nu" if negative else "", *forms]
+    if tense == "present":
+        return _join([no, clitic, present[person]])
+    if tense == "future":
+        return _join([no, clitic, _WILL[person], infinitive])
+    if clitic == "o":  # the only clitic that follows the participle
+        return _join([no, _HAVE[person], f"{participle}-o"])
+    return _join([no, _SHORT.get(clitic, "") + _HAVE[person], participle])
+
+
+def phrasebook(count: int = 60_000, seed: int = 0) -> Iterator[tuple[str, str]]:
+    """`count` distinct (English, Romanian) pairs; the same for the same seed, English never twice."""
+    grammar, seen = _Grammar(seed), set()
+    while len(seen) < count:
+        en, ro = grammar.sentence()
+        if en not in seen:
+            seen.add(en)
+            yield en, ro

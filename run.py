@@ -1,0 +1,1408 @@
+"""Train an English -> Romanian Transformer, score it, use it.
+
+    python run.py                                    the demo: built-in corpus, a few minutes, no network
+    python run.py --preset tutorial                  Modlee's Text2Text settings, with a correct model
+    python run.py --dataset pairs.tsv --tokenizer train:8000 --max-epochs 10
+    python run.py --loop raw --no-modlee             the hand-written loop over the same model
+    python run.py translate --model DIR              lines on stdin -> lines on stdout
+    python run.py evaluate --model DIR --dataset pairs.tsv
+
+The file reads from top to bottom: settings and command line, what both loops share, the raw loop,
+the Lightning loop, Modlee, the model folder, and the three commands.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import json
+import math
+import os
+import signal
+import sys
+import time
+import typing
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import MISSING, dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+# ---- settings ---------------------------------------------------------------------------------
+# One frozen dataclass per command. Its fields are the flags, its defaults the only defaults.
+
+
+def option(default=MISSING, help: str = "", **more):
+    """A field that is also a flag; `more` goes to argparse."""
+    return field(default=default, metadata={"help": help, **more})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a translator, score it, and leave a model folder."""
+
+    preset: str = option(
+        "demo", "named settings; flags given by hand win", choices=("demo", "tutorial")
+    )
+
+    dataset: tuple[str, ...] = option(
+        ("phrasebook",),
+        "built-in phrasebook, hub name, data files, or two aligned text files",
+    )
+    subset: str | None = option(None, "subset of a hub data set, such as ro-en")
+    split: str = option("train", "split of a hub data set, such as train[:80%%]")
+    source_lang: str = option("en", "language (and column) of the source")
+    target_lang: str = option("ro", "language (and column) of the target")
+    num_samples: int | None = option(None, "usable pairs to take; default: all")
+    validation_size: float = option(
+        0.02, "pairs held out: a share below 1, or their number"
+    )
+    tokenizer: str = option(
+        "train:800", "hub name, folder, or train:N for a vocabulary of its own"
+    )
+    max_length: int = option(64, "tokens per sentence; longer pairs are dropped")
+
+    d_model: int = option(128, "model width")
+    nhead: int = option(4, "attention heads")
+    num_encoder_layers: int = option(2, "encoder layers")
+    num_decoder_layers: int = option(2, "decoder layers")
+    dim_feedforward: int = option(512, "width of the feed-forward layers")
+    dropout: float = option(0.1, "dropout rate")
+    positional: str = option(
+        "sinusoidal", "positions: sinusoidal, learned, rotary or none"
+    )
+    norm_first: bool = option(
+        True, "pre-LN; --no-norm-first is the post-LN of the paper"
+    )
+    tie_embeddings: bool = option(True, "one matrix for source, target and output")
+
+    loop: str = option(
+        "lightning", "who drives the training", choices=("lightning", "raw")
+    )
+    max_epochs: int = option(2, "passes over the training pairs")
+    batch_size: int = option(64, "pairs in a batch")
+    accumulate: int = option(1, "batches per optimizer step")
+    learning_rate: float = option(3e-3, "peak learning rate of Adam")
+    schedule: str = option(
+        "cosine", "learning rate after warm-up", choices=("cosine", "constant")
+    )
+    warmup: float = option(0.1, "share of the steps in which the learning rate rises")
+    clip_norm: float = option(1.0, "largest gradient norm; 0 for no clipping")
+    label_smoothing: float = option(
+        0.0, "share of probability spread over the vocabulary"
+    )
+
+    device: str = option("auto", "auto, cpu, cuda or mps")
+    precision: str = option(
+        "auto",
+        "arithmetic; auto: what the device does well",
+        choices=("auto", "fp32", "bf16", "fp16"),
+    )
+    seed: int = option(0, "of weights, split, order and dropout")
+    modlee: bool = option(True, "record the run with Modlee, where it is installed")
+    push: bool = option(False, "upload what Modlee recorded; needs MODLEE_API_KEY")
+    mlruns: str = option("runs/mlruns", "where Modlee's records go")
+    output: str | None = option(
+        None, "model folder to create; default: a fresh one under runs/"
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("max_length", "max_epochs", "batch_size", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+        for name in (
+            "num_samples",
+            "validation_size",
+            "learning_rate",
+            "clip_norm",
+            "seed",
+        ):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"--{name.replace('_', '-')} must not be negative")
+        for name in ("warmup", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be in [0, 1)")
+
+
+PRESETS: dict[str, dict] = {
+    "demo": {},  # the defaults above
+    "tutorial": {
+        "dataset": ("wmt16",),
+        "subset": "ro-en",
+        "split": "train[:80%]",
+        "num_samples": 100,
+        "validation_size": 0.2,
+        "tokenizer": "t5-small",
+        "max_length": 50,
+        "d_model": 512,
+        "nhead": 8,
+        "num_encoder_layers": 6,
+        "num_decoder_layers": 6,
+        "dim_feedforward": 2048,
+        "dropout": 0.1,
+        "max_epochs": 1,
+        "batch_size": 16,
+        "learning_rate": 5e-5,
+        "schedule": "constant",
+        "warmup": 0.0,
+        "clip_norm": 0.0,
+    },
+}
+
+
+@dataclass(frozen=True)
+class TranslateConfig:
+    """Translate lines: one line out per line in, in order, empty lines kept empty."""
+
+    model: str = option(help="model folder", required=True)
+    text: tuple[str, ...] = option(
+        (), "sentences; without any, lines come from stdin", nargs="*"
+    )
+    batch_size: int = option(64, "sentences decoded together")
+    device: str = option("auto", "auto, cpu, cuda or mps")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Translate the source side of a data set and score it against the target side."""
+
+    model: str = option(help="model folder", required=True)
+    dataset: tuple[str, ...] = option(help="data files, or a hub name", required=True)
+    subset: str | None = option(None, "subset of a hub data set")
+    split: str = option("test", "split of a hub data set")
+    num_samples: int | None = option(None, "first pairs to score; default: all")
+    json: str | None = option(None, "also write the figures to this file")
+    batch_size: int = option(64, "sentences decoded together")
+    device: str = option("auto", "auto, cpu, cuda or mps")
+
+
+CONFIGS = {
+    "train": TrainConfig,
+    "translate": TranslateConfig,
+    "evaluate": EvaluateConfig,
+}
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Errors in one line, with the nearest flag where one was misspelt."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        hint = ""
+        for word in message.split():
+            close = difflib.get_close_matches(
+                word.split("=")[0], self._option_string_actions
+            )
+            if message.startswith("unrecognized") and word.startswith("-") and close:
+                hint = f"; did you mean {close[0]}?"
+        self.exit(2, f"error: {message}{hint} (see {self.prog} --help)\n")
+
+
+def parse_command_line(arguments: list[str]):
+    """(command, its configuration): flags beat the preset, the preset beats the defaults."""
+    command = arguments[0] if arguments and arguments[0] in CONFIGS else "train"
+    config_class = CONFIGS[command]
+    if command == "train":
+        usage = "python run.py"
+        others = "commands: translate, evaluate (each has its own --help)"
+    else:
+        usage, others = f"python run.py {command}", None
+    parser = OneLineParser(
+        usage, description=config_class.__doc__, epilog=others, allow_abbrev=False
+    )
+    hints = typing.get_type_hints(config_class)
+    for entry in dataclasses.fields(config_class):
+        more = dict(entry.metadata)
+        kind = hints[entry.name]
+        if type(None) in typing.get_args(kind):  # "int | None" takes an int
+            kind = typing.get_args(kind)[0]
+        if entry.default not in (MISSING, None, ()):
+            shown = (
+                " ".join(entry.default)
+                if isinstance(entry.default, tuple)
+                else entry.default
+            )
+            more["help"] += f" [{str(shown).replace('%', '%%')}]"
+        if kind is bool:
+            more["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(kind) is tuple:
+            more.setdefault("nargs", "+")
+            more["metavar"] = entry.name.upper()
+        elif "choices" not in more:
+            more |= {"type": kind, "metavar": kind.__name__.upper()}
+        more["default"] = argparse.SUPPRESS  # only what was given by hand shows up
+        is_flag = more.get("nargs") != "*"  # "*" marks what stands without a flag
+        name = f"--{entry.name.replace('_', '-')}" if is_flag else entry.name
+        parser.add_argument(name, **more)
+    given = vars(parser.parse_args(arguments[command in arguments[:1] :]))
+    try:
+        return command, config_class(**(PRESETS[given.get("preset", "demo")] | given))
+    except ValueError as error:
+        parser.error(str(error))
+
+
+# `--help` and typing errors answer above this line, before torch takes its seconds to load.
+if __name__ == "__main__":
+    COMMAND, CONFIG = parse_command_line(sys.argv[1:])
+
+import torch
+from torch import Tensor, nn
+
+import data
+from data import InputError
+from seq2seq import (
+    Seq2SeqConfig,
+    TransformerSeq2SeqModel,
+    greedy_decode,
+    sequence_loss,
+    shift_right,
+)
+
+LOG_EVERY = 20  # optimizer steps between points of the loss curve, and between host-device syncs
+TRANSLATE_WINDOW = 2048  # lines sorted by length together
+SHOWN = 6  # translations printed after training
+
+
+# ---- what both loops share --------------------------------------------------------------------
+# One definition each of loss, optimizer, schedule, clipping and randomness. A loop is only a loop.
+
+
+def choose_device(name: str) -> torch.device:
+    """auto: CUDA, else Apple's MPS, else the CPU. Raises InputError for what is not there."""
+    has = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if name == "auto":
+        name = next(kind for kind in ("cuda", "mps", "cpu") if has[kind])
+    if not has.get(name):
+        found = ", ".join(kind for kind in has if has[kind])
+        raise InputError(f"--device {name}: not here; found {found}")
+    return torch.device(name)
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """auto: bf16 (fp16 on older cards) where CUDA has the units for it, else fp32."""
+    if name != "auto":
+        return name
+    if device.type != "cuda":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+
+
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Make the random state (dropout) of an optimizer step a function of (seed, step) alone."""
+    torch.manual_seed(seed * 1_000_003 + step)
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    return torch.optim.Adam(model.parameters(), lr=config.learning_rate)
+
+
+def build_schedule(
+    optimizer: torch.optim.Optimizer, config: TrainConfig, total_steps: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Linear warm-up, then constant, or a cosine that ends near zero; one call per step."""
+    warmup_steps = int(config.warmup * total_steps)
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        if config.schedule == "constant":
+            return 1.0
+        done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+        return 0.5 * (1.0 + math.cos(math.pi * done))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def clip_gradients(model: nn.Module, config: TrainConfig) -> None:
+    if config.clip_norm > 0:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+
+
+def batch_loss(
+    model: nn.Module,
+    batch: tuple[Tensor, Tensor],
+    pad_id: int,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """(input_ids [B, S], labels [B, T]) -> (summed loss [], tokens []), by teacher forcing."""
+    input_ids, labels = batch
+    logits = model(input_ids, shift_right(labels, pad_id))  # [B, T, V]
+    return sequence_loss(logits, labels, pad_id, label_smoothing)
+
+
+def step_share(loss_sum: Tensor, sampler, index: int, accumulate: int) -> Tensor:
+    """What batch `index` adds to its optimizer step's loss, times `accumulate`.
+
+    Each token of the accumulation window counts the same, since the window's tokens are known in
+    advance: no mean of means. Lightning divides every loss by `accumulate`; so does the raw loop,
+    to round alike.
+    """
+    return loss_sum * (accumulate / sampler.window_tokens(index, accumulate))
+
+
+class Progress:
+    """The loss curves, and the wish to stop. Both loops report to it.
+
+    Losses stay on the device until a point of the curve is due, so that a step never waits.
+
+    Attributes: train, validation: lists of (optimizer step, loss in nats per token). step: optimizer
+    steps done. epoch_loss: mean training loss over the tokens of the last finished epoch.
+    """
+
+    def __init__(self) -> None:
+        self.train: list[tuple[int, float]] = []
+        self.validation: list[tuple[int, float]] = []
+        self.step = 0
+        self.epoch_loss = math.nan
+        self.seconds = 0.0
+        self._pending: list[tuple[Tensor, int]] = []
+        self._epoch = [0.0, 0]
+        self._signal = 0
+        self._started = 0.0
+
+    def begin(self) -> None:
+        """The first step is about to run."""
+        self._started = time.perf_counter()
+
+    def add(self, loss_sum: Tensor, tokens: int) -> None:
+        """A batch was done; `loss_sum` [] may still be on its way."""
+        self._pending.append((loss_sum.detach(), tokens))
+
+    def end_step(self) -> float | None:
+        """An optimizer step was done. Returns the loss since the last point where one is due."""
+        self.step += 1
+        self.seconds = time.perf_counter() - self._started
+        return self.flush() if self.step % LOG_EVERY == 0 else None
+
+    def flush(self) -> float | None:
+        if not self._pending:
+            return None
+        loss = torch.stack([loss for loss, _ in self._pending]).double().sum().item()
+        tokens = sum(tokens for _, tokens in self._pending)
+        self._pending.clear()
+        self._epoch[0] += loss
+        self._epoch[1] += tokens
+        self.train.append((self.step, loss / tokens))
+        return loss / tokens
+
+    def end_epoch(self, validation_loss: float) -> None:
+        self.flush()
+        if self._epoch[1]:
+            self.epoch_loss = self._epoch[0] / self._epoch[1]
+        self._epoch = [0.0, 0]
+        self.validation.append((self.step, validation_loss))
+
+    @property
+    def stop(self) -> bool:
+        """Whether to end after this step."""
+        return self._signal != 0
+
+    @property
+    def exit_code(self) -> int:
+        return 128 + self._signal if self._signal else 0
+
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Ctrl-C or SIGTERM ends training after the current step; before the first step, or a
+        second time, it ends the program."""
+
+        def handle(number: int, frame) -> None:
+            if self._signal or not self._started:
+                raise Interrupted(128 + number)
+            self._signal = number
+            print("\nstopping after this step ...", file=sys.stderr)
+
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        previous = [signal.signal(number, handle) for number in numbers]
+        try:
+            yield
+        finally:
+            for number, handler in zip(numbers, previous):
+                signal.signal(number, handler)
+
+
+class Interrupted(BaseException):
+    """A signal, with the exit code it asks for. No KeyboardInterrupt, which Lightning swallows."""
+
+
+# ---- the raw loop -----------------------------------------------------------------------------
+
+
+def train_raw(
+    model: nn.Module,
+    train_loader,
+    validation_loader,
+    config: TrainConfig,
+    progress: Progress,
+) -> None:
+    """Plain PyTorch: autocast, loss scaling, accumulation, clipping, schedule, validation."""
+    from tqdm import tqdm
+
+    device = next(model.parameters()).device
+    pad_id, dtype = model.config.pad_id, AUTOCAST[config.precision]
+    autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+    # Enabled for fp16 alone: small gradients would vanish there. Otherwise it does nothing.
+    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+    sampler, accumulate = train_loader.batch_sampler, config.accumulate
+    steps_per_epoch = math.ceil(len(train_loader) / accumulate)
+    optimizer = build_optimizer(model, config)
+    schedule = build_schedule(optimizer, config, config.max_epochs * steps_per_epoch)
+    progress.begin()
+    for epoch in range(config.max_epochs):
+        sampler.set_epoch(epoch)
+        model.train()
+        bar = tqdm(train_loader, f"epoch {epoch + 1}/{config.max_epochs}", unit="batch")
+        for index, batch in enumerate(bar):
+            if index % accumulate == 0:
+                seed_step(config.seed, progress.step)
+                optimizer.zero_grad(set_to_none=True)
+            batch = [ids.to(device, non_blocking=True) for ids in batch]
+            with autocast:
+                loss_sum, _ = batch_loss(model, batch, pad_id, config.label_smoothing)
+            loss = step_share(loss_sum, sampler, index, accumulate)
+            scaler.scale(loss / accumulate).backward()
+            progress.add(loss_sum, int(sampler.target_tokens[index]))
+            if (index + 1) % accumulate and index + 1 < len(train_loader):
+                continue
+            scaler.unscale_(optimizer)
+            clip_gradients(model, config)
+            scaler.step(optimizer)
+            scaler.update()
+            schedule.step()
+            if (loss := progress.end_step()) is not None:
+                bar.set_postfix(train_loss=f"{loss:.3f}")
+            if progress.stop:
+                return
+        progress.end_epoch(validate(model, validation_loader, autocast))
+
+
+@torch.no_grad()
+def validate(model: nn.Module, loader, autocast) -> float:
+    """Loss in nats per token over a loader, without dropout or smoothing."""
+    device, pad_id = next(model.parameters()).device, model.config.pad_id
+    model.eval()
+    loss_sum, tokens = 0.0, 0
+    for batch in loader:
+        with autocast:
+            loss, count = batch_loss(model, [ids.to(device) for ids in batch], pad_id)
+        loss_sum, tokens = loss_sum + loss.double(), tokens + count
+    model.train()
+    return float(loss_sum / tokens)
+
+
+# ---- the Lightning loop -----------------------------------------------------------------------
+
+
+def adapter_class(base: type) -> type:
+    """The LightningModule around a model; `base` is LightningModule or Modlee's subclass of it.
+
+    Modlee copies the source of __init__ and forward into a file that must stand alone, hence the
+    import inside and the names that do without this module.
+    """
+
+    class TextToTextAdapter(base):
+        def __init__(self, model_config=None, model=None, *args, **kwargs):
+            super().__init__()
+            from seq2seq import TransformerSeq2SeqModel
+
+            self.model_config = (
+                model_config  # JSON, so that Modlee keeps it for rebuilding
+            )
+            self.model = model or TransformerSeq2SeqModel(**model_config)
+
+        def forward(self, input_ids, decoder_input_ids=None):
+            return self.model(input_ids, decoder_input_ids)
+
+        def attach(self, config: TrainConfig, progress: Progress) -> None:
+            """What training needs and rebuilding does not."""
+            self.run_config, self.progress = config, progress
+            self.after_callbacks = None  # called once every callback has had its start
+            self._validation = []
+
+        def configure_optimizers(self):
+            config = self.run_config
+            optimizer = build_optimizer(self.model, config)
+            total_steps = self.trainer.estimated_stepping_batches
+            schedule = build_schedule(optimizer, config, total_steps)
+            return {
+                "optimizer": optimizer,
+                "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+            }
+
+        def configure_gradient_clipping(self, optimizer, *args, **kwargs) -> None:
+            clip_gradients(self.model, self.run_config)
+
+        def on_train_start(self) -> None:
+            if self.after_callbacks:
+                self.after_callbacks()
+            self.progress.begin()
+
+        def training_step(self, batch, batch_idx):
+            config, sampler = (
+                self.run_config,
+                self.trainer.train_dataloader.batch_sampler,
+            )
+            if batch_idx % config.accumulate == 0:
+                seed_step(config.seed, self.global_step)
+            pad_id = self.model.config.pad_id
+            loss_sum, _ = batch_loss(self.model, batch, pad_id, config.label_smoothing)
+            self.progress.add(loss_sum, int(sampler.target_tokens[batch_idx]))
+            return step_share(loss_sum, sampler, batch_idx, config.accumulate)
+
+        def on_train_batch_end(self, outputs, batch, batch_idx) -> None:
+            if self.progress.step == self.global_step:
+                return  # inside an accumulation window
+            if (loss := self.progress.end_step()) is not None:
+                self.log("train_loss", loss, prog_bar=True)
+            if self.progress.stop:
+                self.trainer.should_stop = True
+
+        def validation_step(self, batch, batch_idx) -> None:
+            self._validation.append(
+                batch_loss(self.model, batch, self.model.config.pad_id)
+            )
+
+        def on_validation_epoch_end(self) -> None:
+            losses, tokens = zip(*self._validation)
+            self._validation.clear()
+            loss = float(torch.stack(losses).double().sum() / torch.stack(tokens).sum())
+            self.log("val_loss", loss, prog_bar=True)
+            if not self.progress.stop:
+                self.progress.end_epoch(loss)
+
+    return TextToTextAdapter
+
+
+def train_lightning(
+    adapter, train_loader, validation_loader, config: TrainConfig, device: torch.device
+) -> None:
+    """`Trainer.fit` on the adapter; the progress bar goes to stderr."""
+    import logging
+    import warnings
+
+    from lightning.pytorch import Trainer
+
+    logging.getLogger("lightning.pytorch").setLevel(
+        logging.WARNING
+    )  # devices, tips, summaries
+    trainer = Trainer(
+        accelerator=device.type if device.type != "cuda" else "gpu",
+        devices=1,
+        precision={"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[
+            config.precision
+        ],
+        max_epochs=config.max_epochs,
+        accumulate_grad_batches=config.accumulate,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,  # the batch sampler is already ours
+    )
+    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
+        # The loaders' work is collating a few rows, faster than handing it to a process.
+        warnings.filterwarnings("ignore", ".*does not have many workers.*")
+        # Lightning steps the schedule through a closure, which torch takes for the wrong order.
+        warnings.filterwarnings(
+            "ignore", ".*lr_scheduler.step.*before.*optimizer.step.*"
+        )
+        trainer.fit(adapter, train_loader, validation_loader)
+
+
+# ---- Modlee -----------------------------------------------------------------------------------
+# Modlee 0.0.5 describes a run (code, graph, metafeatures) at the start of a fit. What follows keeps
+# that and takes back its side effects, each named where it is dealt with.
+
+
+def import_modlee():
+    """The package, or None where it is not installed. The process is left as it was."""
+    import importlib.util
+    import logging
+    import ssl
+    import warnings
+
+    if importlib.util.find_spec("modlee") is None:
+        return None
+    # These configure their own loggers, which must not be mistaken for Modlee's doing.
+    import lightning.pytorch  # noqa: F401
+    import mlflow  # noqa: F401
+    import sklearn  # noqa: F401
+
+    https_context = (
+        ssl._create_default_https_context
+    )  # Modlee turns TLS verification off
+    root_handlers, root_level = (
+        logging.root.handlers[:],
+        logging.root.level,
+    )  # basicConfig
+    names = (
+        "pytorch_lightning",
+        "lightning.pytorch.core",
+        "mlflow",
+        "torchvision",
+        "torch.nn",
+    )
+    loggers = [
+        logging.getLogger(name) for name in (*names, "sklearn", "pymfe", "numpy")
+    ]
+    levels = [
+        (logger, logger.level, logger.propagate) for logger in loggers
+    ]  # it silences these
+    random_state = torch.get_rng_state()  # it draws a dummy image
+    try:
+        with warnings.catch_warnings():  # it adds 36 filters
+            import modlee
+    finally:
+        ssl._create_default_https_context = https_context
+        logging.root.handlers[:] = root_handlers
+        logging.root.setLevel(root_level)
+        for logger, level, propagate in levels:
+            logger.setLevel(level)
+            logger.propagate = propagate
+        torch.set_rng_state(random_state)
+    return modlee
+
+
+def modlee_base() -> type:
+    """The text-to-text class, whichever spelling this release has."""
+    from modlee import model
+
+    for name in ("TextTexttotextModleeModel", "TextTextToTextModleeModel"):
+        if hasattr(model, name):
+            return getattr(model, name)
+    raise InputError(
+        "this Modlee has no text-to-text model; install modlee==0.0.5 or --no-modlee"
+    )
+
+
+def snapshot(module: nn.Module) -> Callable[[], None]:
+    """A function that puts back what Modlee's callbacks change: the random states, which parameters
+    are trainable (its graph export ends by making all of them so), which modules are in training
+    mode, and torch's print options."""
+    import copy
+    import random
+
+    import numpy as np
+
+    printing = torch._tensor_str.PRINT_OPTS  # there is no public way to read them
+    print_options = copy.copy(vars(printing))
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    trainable = [
+        (parameter, parameter.requires_grad) for parameter in module.parameters()
+    ]
+    modes = [(child, child.training) for child in module.modules()]
+
+    def restore() -> None:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
+        torch.cuda.set_rng_state_all(cuda_states)
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad_(requires_grad)
+        for child, training in modes:
+            child.training = training
+        vars(printing).update(print_options)
+
+    return restore
+
+
+def small_converter(modlee) -> object:
+    """Modlee's model-to-code converter without its two expensive habits and its leftovers."""
+    import tempfile
+
+    class SmallConverter(modlee.converter.Converter):
+        def torch_model2onnx_graph(self, torch_model, input_dummy=None, **kwargs):
+            # It would leave .tmp_model.onnx in the working directory.
+            with tempfile.TemporaryDirectory() as folder:
+                path = os.path.join(folder, "model.onnx")
+                return super().torch_model2onnx_graph(
+                    torch_model, input_dummy, path, **kwargs
+                )
+
+        torch2onnx = torch_model2onnx_graph
+
+        def tensor2init_code(self, input_tensor, tensor_type=None):
+            # It would build set(tensor.tolist()) of every weight: minutes for a model of 60 M.
+            if not isinstance(input_tensor, Tensor):
+                return input_tensor
+            shape = tuple(input_tensor.shape)
+            flat = input_tensor.flatten()
+            if flat.numel() and bool((flat == flat[0]).all()):
+                return f"torch.ones({shape})*{flat[0].item()}"
+            if tensor_type is None and flat.numel() <= 1000:
+                return f"torch.tensor({input_tensor.tolist()})"
+            return f"torch.{tensor_type or 'randn'}({shape})"
+
+        def dict2code(self, kwarg_dict):
+            # It would exec() every string to see whether it is code, and append to ~/kwargs.txt.
+            items = [
+                f"{key!r}:{value if str(value).startswith('torch.') else repr(value)}"
+                for key, value in kwarg_dict.items()
+            ]
+            return f"{{{','.join(items)}}}"
+
+    return SmallConverter()
+
+
+class ModleeRecord:
+    """One training run recorded by Modlee.
+
+    Attributes: run_path: folder of the run. artifacts: names of the files in it. seconds: what
+    Modlee took. tokens: the tokenizer its data metafeatures are based on.
+    """
+
+    def __init__(
+        self, modlee, config: TrainConfig, prepared: "data.Data", seconds: float
+    ):
+        self.modlee, self.config, self.prepared = modlee, config, prepared
+        self.seconds, self.run_path, self.artifacts, self.tokens = (
+            seconds,
+            None,
+            [],
+            None,
+        )
+
+    def fit(self, adapter, fit: Callable[[], None]) -> None:
+        """Run `fit` inside an MLflow run, with Modlee's callbacks on the adapter."""
+        import logging
+
+        import mlflow
+
+        logging.getLogger("mlflow").setLevel(
+            logging.ERROR
+        )  # advice on signatures and schemas
+        mlruns = Path(self.config.mlruns).resolve()
+        mlruns.mkdir(parents=True, exist_ok=True)
+        if mlruns.name != "mlruns":  # Modlee appends the name where it is missing
+            mlruns = mlruns / "mlruns"
+        self.modlee.set_run_path(str(mlruns))
+        # The constructor has just asked for models and checkpoints to be stored a second time.
+        mlflow.pytorch.autolog(log_datasets=False, log_models=False, checkpoint=False)
+        callbacks = self.callbacks(adapter)
+        adapter.configure_callbacks = lambda: callbacks
+        try:
+            with self.modlee.start_run():
+                fit()
+                self.run_path = self.modlee.last_run_path()
+        finally:
+            mlflow.pytorch.autolog(
+                disable=True
+            )  # it patches Trainer.fit for the whole process
+        root = Path(self.run_path) / "artifacts"
+        self.artifacts = sorted(
+            str(p.relative_to(root)) for p in root.rglob("*") if p.is_file()
+        )
+        if self.config.push:
+            self.push()
+
+    def callbacks(self, adapter) -> list:
+        import mlflow
+        from lightning.pytorch.callbacks import Callback
+        from modlee.model import callbacks as stock
+
+        record = self
+
+        class Begin(Callback):
+            """Runs before Modlee's callbacks; what they change is put back after the last one."""
+
+            def on_train_start(self, trainer, module):
+                started, restore = time.perf_counter(), snapshot(module)
+                settings = dataclasses.asdict(record.config)
+                mlflow.log_params(
+                    {**settings, "dataset": " ".join(settings["dataset"])}
+                )
+
+                def finish() -> None:
+                    restore()
+                    record.seconds += time.perf_counter() - started
+
+                module.after_callbacks = finish
+
+        self.modlee.model_metafeatures.converter = small_converter(self.modlee)
+        stock.modlee_converter = self.modlee.model_metafeatures.converter
+        adapter.data_metafeatures_callback.DataMetafeatures = self.metafeatures_class()
+        kept = [
+            callback
+            for callback in type(adapter).configure_callbacks(adapter)
+            # LogOutput overwrites the module's own val_loss; LogParams asks for a fixed batch size;
+            # PushServer uploads unasked, and crashes without a key.
+            if not isinstance(
+                callback,
+                (
+                    stock.LogOutputCallback,
+                    stock.LogParamsCallback,
+                    stock.PushServerCallback,
+                ),
+            )
+        ]
+        # Each would take a batch of the training loader; two short rows show as much of the model.
+        ids = torch.ones(2, 8, dtype=torch.long)
+        for callback in kept:
+            callback.get_input = lambda trainer, module, *_: [ids.to(module.device)] * 2
+        return [Begin(), *kept]
+
+    def metafeatures_class(self) -> type:
+        """Modlee's data metafeatures of a bounded, fixed-length view of the training pairs.
+
+        The stock class reads the data 2 N + 200 times and fetches GPT-2's tokenizer, retrying for
+        minutes where there is no network.
+        """
+        from modlee import data_metafeatures as stock
+        from torch.utils.data import DataLoader, TensorDataset
+
+        train, own = self.prepared.train, self.prepared.tokenizer
+        rows = [train[row] for row in range(min(len(train), 200))]
+        view = DataLoader(
+            TensorDataset(*data.pad_batch(rows, own.pad_token_id)), batch_size=2
+        )
+        self.tokens, tokenizer = modlee_tokenizer(own)
+
+        class BoundedMetafeatures(stock.DataMetafeatures):
+            def __init__(self, dataloader):
+                dataset = stock.ModleeStandardizedTextDataset(view, own, tokenizer)
+                super().__init__(DataLoader(dataset, batch_size=2))
+                self.properties["dataset_size"] = len(dataloader.dataset)
+
+        return BoundedMetafeatures
+
+    def push(self) -> None:
+        """Upload the run. A server that does not answer costs seconds, not the run."""
+        import tempfile
+
+        print(
+            "modlee     uploading source, graphs, parameters, metrics and paths to modlee.ai"
+        )
+        key, here = os.environ["MODLEE_API_KEY"], os.getcwd()
+        with tempfile.TemporaryDirectory() as folder:
+            os.chdir(folder)  # it writes logs.json into the working directory
+            try:
+                with contextlib.redirect_stdout(sys.stderr):
+                    sent = self.modlee.save_run_as_json(self.run_path)
+                reason = "" if sent else "the server did not accept it"
+            except Exception as error:  # noqa: BLE001 - whatever the client raises
+                sent, reason = False, str(error).replace(key, "***")
+            finally:
+                os.chdir(here)
+        print("modlee     uploaded" if sent else f"modlee     not uploaded: {reason}")
+
+
+def modlee_tokenizer(own) -> tuple[str, object]:
+    """(name, tokenizer) for data metafeatures: GPT-2's, as Modlee's are, where it can be had."""
+    from transformers import GPT2Tokenizer
+
+    for only_cached in (True, False):
+        if not only_cached and not data.hub_reachable():
+            break
+        with contextlib.suppress(OSError):
+            tokenizer = GPT2Tokenizer.from_pretrained(
+                "gpt2", local_files_only=only_cached
+            )
+            tokenizer.pad_token = tokenizer.eos_token
+            return "gpt2", tokenizer
+    return "own", own
+
+
+# ---- the model folder -------------------------------------------------------------------------
+# model.safetensors, config.json, the tokenizer's files, metrics.json, loss.png
+
+
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Create or replace a file whole: `write` fills a neighbour that is synced, then renamed."""
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: dict) -> None:
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def check_output(folder: Path) -> None:
+    """Raises InputError where a model folder cannot appear without something being lost."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(
+            f"{folder} exists already; give --output another name or remove it"
+        )
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot create {folder.parent}: {error.strerror}") from None
+    if not os.access(folder.parent, os.W_OK):
+        raise InputError(f"cannot write to {folder.parent}; give another --output")
+
+
+def save_model(
+    folder: Path, model: nn.Module, tokenizer, config: TrainConfig, metrics
+) -> None:
+    """Write a model folder that appears under its name only when it is complete."""
+    import shutil
+    import tempfile
+
+    from safetensors.torch import save_model as save_weights
+
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        tokenizer.save_pretrained(temporary)
+        save_weights(model, str(temporary / "model.safetensors"))
+        content = {
+            "format": 1,
+            "source_lang": config.source_lang,
+            "target_lang": config.target_lang,
+            "model": dataclasses.asdict(model.config),
+            "training": dataclasses.asdict(config),
+        }
+        write_json(temporary / "config.json", content)
+        write_json(temporary / "metrics.json", metrics)
+        for path in temporary.iterdir():  # mkdtemp is private, a model need not be
+            path.chmod(0o644)
+        temporary.chmod(0o755)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load_model(folder: str, device: torch.device):
+    """(model in eval mode, tokenizer, (source language, target language)). Raises InputError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_model as load_weights
+
+    path = Path(folder).expanduser()
+    try:
+        content = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        model = TransformerSeq2SeqModel(**content["model"])
+        load_weights(model, str(path / "model.safetensors"))
+        languages = content["source_lang"], content["target_lang"]
+    except FileNotFoundError as error:
+        missing = Path(error.filename or path / "model.safetensors").name
+        raise InputError(f"{folder} is no model folder: {missing} is missing") from None
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{folder} is no model folder of this program: {reason}"
+        ) from None
+    return model.to(device).eval(), data.load_tokenizer(str(path)), languages
+
+
+def draw_losses(path: Path, progress: Progress) -> None:
+    """Training and validation loss over optimizer steps."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for points, label, style in (
+        (progress.train, "training", {"color": "tab:blue", "alpha": 0.8}),
+        (progress.validation, "validation", {"color": "tab:orange", "marker": "o"}),
+    ):
+        if points:
+            axes.plot(*zip(*points), label=label, **style)
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", yscale="log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    write_file(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+
+
+# ---- translating and scoring ------------------------------------------------------------------
+
+
+def translate_lines(
+    model: TransformerSeq2SeqModel,
+    tokenizer,
+    lines: Iterable[str],
+    languages: tuple[str, str],
+    batch_size: int,
+    total: int | None = None,
+) -> Iterator[str]:
+    """One translation per line, in order; an empty line stays empty.
+
+    Lines are sorted by length inside windows of `TRANSLATE_WINDOW`, so that batches hold little
+    padding and memory does not grow with the input.
+    """
+    from itertools import islice
+
+    from tqdm import tqdm
+
+    device, pad_id = next(model.parameters()).device, model.config.pad_id
+    lines = iter(lines)
+    with tqdm(desc="translate", total=total, unit="line", disable=None) as bar:
+        while window := list(islice(lines, TRANSLATE_WINDOW)):
+            texts = [data.normalize(line, languages[0]) for line in window]
+            ids = [torch.tensor(row) for row in data.encode_texts(texts, tokenizer)]
+            todo = sorted(
+                (row for row in range(len(ids)) if texts[row]),
+                key=lambda r: len(ids[r]),
+            )
+            results = [""] * len(window)
+            for start in range(0, len(todo), batch_size):
+                rows = todo[start : start + batch_size]
+                batch, _ = data.pad_batch(
+                    [(ids[row], ids[row]) for row in rows], pad_id
+                )
+                output = greedy_decode(model, batch.to(device)).cpu()
+                for row, text in zip(
+                    rows, data.decode_ids(output, tokenizer, languages[1])
+                ):
+                    results[row] = text
+                bar.update(len(rows))
+            bar.update(len(window) - len(todo))
+            yield from results
+
+
+def score(hypotheses: list[str], references: list[str]) -> dict:
+    """sacreBLEU's BLEU and chrF (Post 2018) with their signatures; both sides normalised alike."""
+    from sacrebleu.metrics import BLEU, CHRF
+
+    bleu, chrf = BLEU(), CHRF()
+    return {
+        "bleu": round(bleu.corpus_score(hypotheses, [references]).score, 2),
+        "chrf": round(chrf.corpus_score(hypotheses, [references]).score, 2),
+        "signature": str(bleu.get_signature()),
+        "chrf_signature": str(chrf.get_signature()),
+    }
+
+
+def versions() -> dict[str, str | None]:
+    from importlib import metadata
+
+    found = {"python": sys.version.split()[0]}
+    for name in (
+        "torch",
+        "lightning",
+        "modlee",
+        "transformers",
+        "tokenizers",
+        "datasets",
+        "sacrebleu",
+    ):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+# ---- commands ---------------------------------------------------------------------------------
+
+
+def say(topic: str, text: str) -> None:
+    print(f"{topic:<10} {text}", flush=True)
+
+
+def train(config: TrainConfig) -> int:
+    """Prepare data, train, save, evaluate. Returns the exit code."""
+    default_name = f"runs/{datetime.now():%Y%m%d-%H%M%S}-{config.preset}"
+    output = Path(config.output or default_name).expanduser()
+    check_output(output)
+    device = choose_device(config.device)
+    config = dataclasses.replace(
+        config, precision=choose_precision(config.precision, device)
+    )
+    if config.push and not os.environ.get("MODLEE_API_KEY"):
+        raise InputError(
+            "--push needs your key in the environment variable MODLEE_API_KEY"
+        )
+
+    languages = (config.source_lang, config.target_lang)
+    pairs = data.read_pairs(
+        config.dataset, config.subset, config.split, languages, config.seed
+    )
+    prepared = data.prepare(
+        pairs,
+        config.tokenizer,
+        config.max_length,
+        config.validation_size,
+        config.num_samples,
+        config.seed,
+    )
+    tokenizer = prepared.tokenizer
+    progress = Progress()
+    try:
+        model_config = Seq2SeqConfig(
+            vocab_size=len(tokenizer),
+            pad_id=tokenizer.pad_token_id,
+            eos_id=tokenizer.eos_token_id,
+            **{
+                name: getattr(config, name)
+                for name in Seq2SeqConfig.__dataclass_fields__
+                if name in TrainConfig.__dataclass_fields__
+            },
+        )
+        torch.manual_seed(config.seed)
+        model = TransformerSeq2SeqModel(**dataclasses.asdict(model_config)).to(device)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    loaders = [
+        data.make_loader(
+            part,
+            part.lengths,
+            config.batch_size,
+            model_config.pad_id,
+            config.seed,
+            shuffle,
+        )
+        for part, shuffle in ((prepared.train, True), (prepared.validation, False))
+    ]
+    sampler = loaders[0].batch_sampler
+    padding_share = sampler.padding_share()
+    unk = {
+        name: dict(zip(("source", "target"), part.rows_with(tokenizer.unk_token_id)))
+        for name, part in (
+            ("train", prepared.train),
+            ("validation", prepared.validation),
+        )
+    }
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+
+    invented = (
+        " (built in and invented: no benchmark)"
+        if config.dataset == ("phrasebook",)
+        else ""
+    )
+    where = "/".join(filter(None, (" ".join(config.dataset), config.subset)))
+    split = f" {config.split}" if config.subset else ""
+    say("data", f"{where}{split}{invented}, {languages[0]} -> {languages[1]}")
+    counts = f"{len(prepared.train):,} training and {len(prepared.validation):,} validation pairs"
+    say("", f"{counts}{data.describe_dropped(prepared.dropped)}")
+    rates = ", ".join(
+        f"{unk['train'][side]:.1%} of {side}" for side in ("source", "target")
+    )
+    say(
+        "tokenizer",
+        f"{config.tokenizer}, {len(tokenizer):,} tokens; <unk> in {rates} lines",
+    )
+    say("model", f"{parameters / 1e6:.1f} M parameters, {config.positional} positions")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}"
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    say("device", f"{name}{threads}, {config.precision}")
+    say(
+        "loop",
+        f"{config.loop}, {config.max_epochs} epochs of {len(loaders[0])} batches",
+    )
+
+    with progress.interruptible():
+        record = None
+        started = time.perf_counter()
+        if config.loop == "raw":
+            say("modlee", "off: the raw loop does without")
+            train_raw(model, *loaders, config, progress)
+        else:
+            record = start_modlee(config, prepared)
+            if record:
+                base = modlee_base()
+            else:
+                from lightning.pytorch import LightningModule as base
+            adapter = adapter_class(base)(dataclasses.asdict(model_config), model)
+            adapter.attach(config, progress)
+
+            def fit() -> None:
+                train_lightning(adapter, *loaders, config, device)
+
+            record.fit(adapter, fit) if record else fit()
+            model = adapter.model.to(device)
+        wall_seconds = time.perf_counter() - started
+
+    done = progress.validation[-1] if progress.validation else (0, math.nan)
+    epochs = progress.step / math.ceil(len(loaders[0]) / config.accumulate)
+    real_tokens = int(sum(lengths.sum() for lengths in prepared.train.lengths) * epochs)
+    metrics = {
+        "dataset": list(config.dataset),
+        "tokenizer": config.tokenizer,
+        "pairs": {"train": len(prepared.train), "validation": len(prepared.validation)},
+        "dropped": prepared.dropped,
+        "unk_rates": unk,
+        "parameters": parameters,
+        "device": name,
+        "precision": config.precision,
+        "loop": config.loop,
+        "modlee": record is not None,
+        "run_path": record and record.run_path,
+        "artifacts": record.artifacts if record else [],
+        "modlee_seconds": record and round(record.seconds, 2),
+        "steps": progress.step,
+        "interrupted": progress.stop,
+        "train_seconds": round(progress.seconds, 2),
+        "wall_seconds": round(wall_seconds, 2),
+        "tokens_per_second": round(real_tokens / max(progress.seconds, 1e-9), 1),
+        "padding_share": round(padding_share, 4),
+        "train_loss": finite(progress.epoch_loss),
+        "val_loss": finite(done[1]),
+        "bleu": None,
+        "chrf": None,
+        "signature": None,
+        "versions": versions(),
+    }
+    # Saved before it is scored: an interrupted evaluation loses no training.
+    save_model(output, model, tokenizer, config, metrics)
+    draw_losses(output / "loss.png", progress)
+    if progress.stop:
+        say("stopped", f"after step {progress.step}; its state is in {output}")
+        return progress.exit_code
+
+    say("trained", f"{progress.step} steps in {progress.seconds:.0f} s, "
+        f"{metrics['tokens_per_second']:,.0f} real tokens/s, {padding_share:.1%} padding")  # fmt: skip
+    say(
+        "loss",
+        f"training {progress.epoch_loss:.4f}, validation {done[1]:.4f} nats per token",
+    )
+    text = prepared.validation_text
+    sources, references = list(text["source"]), list(text["target"])
+    hypotheses = list(
+        translate_lines(
+            model.eval(), tokenizer, sources, languages, config.batch_size, len(sources)
+        )
+    )
+    metrics |= score(hypotheses, references)
+    write_json(output / "metrics.json", metrics)
+    say("BLEU", f"{metrics['bleu']:.2f}  {metrics['signature']}")
+    say("chrF", f"{metrics['chrf']:.2f}  {metrics['chrf_signature']}")
+    for row in range(min(SHOWN, len(sources))):
+        print(f"\n  source       {sources[row]}")
+        print(f"  translation  {hypotheses[row]}")
+        print(f"  reference    {references[row]}")
+    print()
+    if record:
+        say("modlee", f"took {record.seconds:.1f} s and recorded {record.run_path}")
+        say("artifacts", ", ".join(record.artifacts))
+    say("model", f"{output}")
+    print(
+        f"\nnext:  echo 'The teacher sees you.' | python run.py translate --model {output}"
+    )
+    print(f"       python run.py evaluate --model {output} --dataset pairs.tsv")
+    return 0
+
+
+def start_modlee(config: TrainConfig, prepared: "data.Data") -> ModleeRecord | None:
+    """Import Modlee where it is wanted and installed, and say in one line what its state is."""
+    if not config.modlee:
+        say("modlee", "off (--no-modlee)")
+        return None
+    started = time.perf_counter()
+    modlee = import_modlee()
+    if modlee is None:
+        if config.push:
+            raise InputError(
+                "--push needs Modlee, which is not installed (Python 3.10 to 3.12)"
+            )
+        say("modlee", "not installed: training without it")
+        return None
+    upload = (
+        "uploads when done (--push)"
+        if config.push
+        else "keeps everything on this machine"
+    )
+    say("modlee", f"{versions()['modlee']}, {upload}")
+    return ModleeRecord(modlee, config, prepared, time.perf_counter() - started)
+
+
+def finite(value: float) -> float | None:
+    """For JSON, which has no NaN."""
+    return value if math.isfinite(value) else None
+
+
+def stdin_lines() -> Iterator[str]:
+    """Lines of standard input, decoded strictly and split at line feeds alone."""
+    for number, raw in enumerate(sys.stdin.buffer, 1):
+        try:
+            yield raw.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError:
+            raise InputError(
+                f"standard input, line {number}: not valid UTF-8"
+            ) from None
+
+
+def translate(config: TranslateConfig) -> int:
+    model, tokenizer, languages = load_model(config.model, choose_device(config.device))
+    lines = config.text or stdin_lines()
+    sys.stdout.reconfigure(encoding="utf-8")
+    for line in translate_lines(model, tokenizer, lines, languages, config.batch_size):
+        print(line)
+    return 0
+
+
+def evaluate(config: EvaluateConfig) -> int:
+    from itertools import islice
+
+    model, tokenizer, languages = load_model(config.model, choose_device(config.device))
+    if config.json:
+        check_folder = Path(config.json).expanduser().absolute().parent
+        if not check_folder.is_dir():
+            raise InputError(f"--json {config.json}: there is no folder {check_folder}")
+    batches = data.read_pairs(config.dataset, config.subset, config.split, languages)
+    pairs = list(
+        islice((p for batch in batches for p in zip(*batch)), config.num_samples)
+    )
+    if not pairs:
+        raise InputError(f"no pairs in {' '.join(config.dataset)}")
+    sources, references = map(list, zip(*pairs))
+    started = time.perf_counter()
+    hypotheses = list(
+        translate_lines(
+            model, tokenizer, sources, languages, config.batch_size, len(sources)
+        )
+    )
+    seconds = time.perf_counter() - started
+    result = {
+        "model": config.model,
+        "dataset": list(config.dataset),
+        "pairs": len(pairs),
+        **score(hypotheses, references),
+        "unk_rate_source": unk_rate(sources, tokenizer),
+        "unk_rate_target": unk_rate(references, tokenizer),
+        "seconds": round(seconds, 2),
+        "versions": versions(),
+    }
+    if config.json:
+        write_json(Path(config.json).expanduser(), result)
+    say("pairs", f"{len(pairs):,}")
+    say("BLEU", f"{result['bleu']:.2f}  {result['signature']}")
+    say("chrF", f"{result['chrf']:.2f}  {result['chrf_signature']}")
+    say("<unk>", f"in {result['unk_rate_source']:.1%} of source lines, "
+        f"{result['unk_rate_target']:.1%} of reference lines")  # fmt: skip
+    say("seconds", f"{seconds:.1f}")
+    return 0
+
+
+def unk_rate(texts: list[str], tokenizer) -> float:
+    """Share of the lines that the tokenizer cannot write without `<unk>`."""
+    ids = data.encode_texts(texts, tokenizer)
+    return round(sum(tokenizer.unk_token_id in row for row in ids) / len(ids), 4)
+
+
+def main(command: str, config) -> int:
+    commands = {"train": train, "translate": translate, "evaluate": evaluate}
+    try:
+        return commands[command](config)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Interrupted as stopped:
+        print("interrupted", file=sys.stderr)
+        return stopped.args[0]
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output went away, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+if __name__ == "__main__":
+    sys.exit(main(COMMAND, CONFIG))
