@@ -1167,7 +1167,7 @@ def _romanian(
     return _join([no, _SHORT.get(clitic, "") + _HAVE[person], participle])
 
 
-def phrasebook(count: int = 60_000, seed: int = 0) -> Iterator[tuple[str, str]]:
+def phrasebook(count: int = 50_000, seed: int = 0) -> Iterator[tuple[str, str]]:
     """`count` distinct (English, Romanian) pairs; the same for the same seed, English never twice."""
     grammar, seen = _Grammar(seed), set()
     while len(seen) < count:

@@ -498,6 +498,16 @@ def validate(model: nn.Module, loader, autocast) -> float:
 # ---- the Lightning loop -----------------------------------------------------------------------
 
 
+def import_lightning():
+    """lightning.pytorch, without the word on setuptools with which 2.3 greets its users."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*pkg_resources.*")
+        import lightning.pytorch
+    return lightning.pytorch
+
+
 def adapter_class(base: type) -> type:
     """The LightningModule around a model; `base` is LightningModule or Modlee's subclass of it.
 
@@ -578,6 +588,9 @@ def adapter_class(base: type) -> type:
     return TextToTextAdapter
 
 
+LIGHTNING_PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+
+
 def train_lightning(
     adapter, train_loader, validation_loader, config: TrainConfig, device: torch.device
 ) -> None:
@@ -585,19 +598,19 @@ def train_lightning(
     import logging
     import warnings
 
+    import_lightning()
     from lightning.pytorch import Trainer
+    from lightning.pytorch.callbacks import TQDMProgressBar
 
-    logging.getLogger("lightning.pytorch").setLevel(
-        logging.WARNING
-    )  # devices, tips, summaries
+    for name in ("lightning.pytorch", "pytorch_lightning"):  # it logs under either
+        logging.getLogger(name).setLevel(logging.WARNING)
     trainer = Trainer(
-        accelerator=device.type if device.type != "cuda" else "gpu",
+        accelerator="gpu" if device.type == "cuda" else device.type,
         devices=1,
-        precision={"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[
-            config.precision
-        ],
+        precision=LIGHTNING_PRECISION[config.precision],
         max_epochs=config.max_epochs,
         accumulate_grad_batches=config.accumulate,
+        callbacks=[TQDMProgressBar(refresh_rate=10)],
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
@@ -605,12 +618,10 @@ def train_lightning(
         use_distributed_sampler=False,  # the batch sampler is already ours
     )
     with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
-        # The loaders' work is collating a few rows, faster than handing it to a process.
+        # Collating a few rows takes less than handing them over from a process.
         warnings.filterwarnings("ignore", ".*does not have many workers.*")
-        # Lightning steps the schedule through a closure, which torch takes for the wrong order.
-        warnings.filterwarnings(
-            "ignore", ".*lr_scheduler.step.*before.*optimizer.step.*"
-        )
+        # The trainer's loop index is not the optimizer's: torch suspects the order.
+        warnings.filterwarnings("ignore", ".*lr_scheduler.step.*optimizer.step.*")
         trainer.fit(adapter, train_loader, validation_loader)
 
 
@@ -629,7 +640,7 @@ def import_modlee():
     if importlib.util.find_spec("modlee") is None:
         return None
     # These configure their own loggers, which must not be mistaken for Modlee's doing.
-    import lightning.pytorch  # noqa: F401
+    import_lightning()
     import mlflow  # noqa: F401
     import sklearn  # noqa: F401
 
@@ -753,20 +764,14 @@ def small_converter(modlee) -> object:
 class ModleeRecord:
     """One training run recorded by Modlee.
 
-    Attributes: run_path: folder of the run. artifacts: names of the files in it. seconds: what
-    Modlee took. tokens: the tokenizer its data metafeatures are based on.
+    Attributes: run_path: folder of the run. artifacts: names of the files in it.
+    seconds: what Modlee took. tokens: the tokenizer behind its data metafeatures.
     """
 
-    def __init__(
-        self, modlee, config: TrainConfig, prepared: "data.Data", seconds: float
-    ):
+    def __init__(self, modlee, config: TrainConfig, prepared: data.Data):
         self.modlee, self.config, self.prepared = modlee, config, prepared
-        self.seconds, self.run_path, self.artifacts, self.tokens = (
-            seconds,
-            None,
-            [],
-            None,
-        )
+        self.seconds, self.tokens = 0.0, ""
+        self.run_path, self.artifacts = "", []
 
     def fit(self, adapter, fit: Callable[[], None]) -> None:
         """Run `fit` inside an MLflow run, with Modlee's callbacks on the adapter."""
@@ -774,34 +779,41 @@ class ModleeRecord:
 
         import mlflow
 
-        logging.getLogger("mlflow").setLevel(
-            logging.ERROR
-        )  # advice on signatures and schemas
-        mlruns = Path(self.config.mlruns).resolve()
-        mlruns.mkdir(parents=True, exist_ok=True)
-        if mlruns.name != "mlruns":  # Modlee appends the name where it is missing
+        # Advice on signatures and schemas that nobody asked for.
+        logging.getLogger("mlflow").setLevel(logging.ERROR)
+        mlruns = Path(self.config.mlruns).expanduser().resolve()
+        if mlruns.name != "mlruns":  # Modlee would append it
             mlruns = mlruns / "mlruns"
+        mlruns.parent.mkdir(parents=True, exist_ok=True)
+        # An empty folder would be taken for a store without its default experiment.
+        with contextlib.suppress(OSError):
+            mlruns.rmdir()
         self.modlee.set_run_path(str(mlruns))
-        # The constructor has just asked for models and checkpoints to be stored a second time.
+        # The constructor has asked for models and checkpoints to be stored once more.
         mlflow.pytorch.autolog(log_datasets=False, log_models=False, checkpoint=False)
         callbacks = self.callbacks(adapter)
         adapter.configure_callbacks = lambda: callbacks
+        # Its calls of logging.info() add a handler that prints what all others log.
+        root_handlers = logging.root.handlers[:]
         try:
             with self.modlee.start_run():
                 fit()
                 self.run_path = self.modlee.last_run_path()
         finally:
-            mlflow.pytorch.autolog(
-                disable=True
-            )  # it patches Trainer.fit for the whole process
+            # It has patched Trainer.fit for the whole process.
+            mlflow.pytorch.autolog(disable=True)
+            logging.root.handlers[:] = root_handlers
         root = Path(self.run_path) / "artifacts"
-        self.artifacts = sorted(
-            str(p.relative_to(root)) for p in root.rglob("*") if p.is_file()
-        )
+        files = (path for path in root.rglob("*") if path.is_file())
+        self.artifacts = sorted(str(path.relative_to(root)) for path in files)
         if self.config.push:
             self.push()
 
     def callbacks(self, adapter) -> list:
+        """Modlee's own, behind one that notes the state they are going to change."""
+        import io
+        import warnings
+
         import mlflow
         from lightning.pytorch.callbacks import Callback
         from modlee.model import callbacks as stock
@@ -809,58 +821,52 @@ class ModleeRecord:
         record = self
 
         class Begin(Callback):
-            """Runs before Modlee's callbacks; what they change is put back after the last one."""
-
             def on_train_start(self, trainer, module):
+                print("\nModlee describes the run ...", file=sys.stderr)
                 started, restore = time.perf_counter(), snapshot(module)
-                settings = dataclasses.asdict(record.config)
-                mlflow.log_params(
-                    {**settings, "dataset": " ".join(settings["dataset"])}
-                )
+                quiet = contextlib.ExitStack()  # pymfe and the tracer warn by the dozen
+                quiet.enter_context(warnings.catch_warnings())
+                quiet.enter_context(contextlib.redirect_stdout(io.StringIO()))
+                warnings.simplefilter("ignore")
+                mlflow.log_params(dataclasses.asdict(record.config))
 
                 def finish() -> None:
+                    quiet.close()
                     restore()
                     record.seconds += time.perf_counter() - started
 
                 module.after_callbacks = finish
 
-        self.modlee.model_metafeatures.converter = small_converter(self.modlee)
-        stock.modlee_converter = self.modlee.model_metafeatures.converter
+        converter = small_converter(self.modlee)
+        self.modlee.model_metafeatures.converter = converter
+        stock.modlee_converter = converter
         adapter.data_metafeatures_callback.DataMetafeatures = self.metafeatures_class()
-        kept = [
-            callback
-            for callback in type(adapter).configure_callbacks(adapter)
-            # LogOutput overwrites the module's own val_loss; LogParams asks for a fixed batch size;
-            # PushServer uploads unasked, and crashes without a key.
-            if not isinstance(
-                callback,
-                (
-                    stock.LogOutputCallback,
-                    stock.LogParamsCallback,
-                    stock.PushServerCallback,
-                ),
-            )
-        ]
-        # Each would take a batch of the training loader; two short rows show as much of the model.
+        dropped = (
+            stock.LogOutputCallback,  # overwrites the module's own val_loss
+            stock.LogParamsCallback,  # asks the loader for a fixed batch size
+            stock.PushServerCallback,  # uploads unasked, and crashes without a key
+        )
+        kept = type(adapter).configure_callbacks(adapter)
+        kept = [callback for callback in kept if not isinstance(callback, dropped)]
+        # Each would run a whole training batch; two short rows show as much.
         ids = torch.ones(2, 8, dtype=torch.long)
         for callback in kept:
             callback.get_input = lambda trainer, module, *_: [ids.to(module.device)] * 2
         return [Begin(), *kept]
 
     def metafeatures_class(self) -> type:
-        """Modlee's data metafeatures of a bounded, fixed-length view of the training pairs.
+        """Modlee's data metafeatures of a bounded, fixed-length view of the pairs.
 
-        The stock class reads the data 2 N + 200 times and fetches GPT-2's tokenizer, retrying for
-        minutes where there is no network.
+        The stock class reads the data 2 N + 200 times, and fetches GPT-2's tokenizer
+        with retries that last minutes where there is no network.
         """
         from modlee import data_metafeatures as stock
         from torch.utils.data import DataLoader, TensorDataset
 
         train, own = self.prepared.train, self.prepared.tokenizer
         rows = [train[row] for row in range(min(len(train), 200))]
-        view = DataLoader(
-            TensorDataset(*data.pad_batch(rows, own.pad_token_id)), batch_size=2
-        )
+        matrices = data.pad_batch(rows, own.pad_token_id)
+        view = DataLoader(TensorDataset(*matrices), batch_size=2)
         self.tokens, tokenizer = modlee_tokenizer(own)
 
         class BoundedMetafeatures(stock.DataMetafeatures):
@@ -875,21 +881,19 @@ class ModleeRecord:
         """Upload the run. A server that does not answer costs seconds, not the run."""
         import tempfile
 
-        print(
-            "modlee     uploading source, graphs, parameters, metrics and paths to modlee.ai"
-        )
+        say("modlee", "uploading source, graphs, parameters, metrics and paths")
         key, here = os.environ["MODLEE_API_KEY"], os.getcwd()
         with tempfile.TemporaryDirectory() as folder:
             os.chdir(folder)  # it writes logs.json into the working directory
             try:
                 with contextlib.redirect_stdout(sys.stderr):
                     sent = self.modlee.save_run_as_json(self.run_path)
-                reason = "" if sent else "the server did not accept it"
-            except Exception as error:  # noqa: BLE001 - whatever the client raises
+                reason = "the server did not accept it"
+            except Exception as error:  # noqa: BLE001 - whatever its client raises
                 sent, reason = False, str(error).replace(key, "***")
             finally:
                 os.chdir(here)
-        print("modlee     uploaded" if sent else f"modlee     not uploaded: {reason}")
+        say("modlee", "uploaded" if sent else f"not uploaded: {reason}")
 
 
 def modlee_tokenizer(own) -> tuple[str, object]:
@@ -1208,7 +1212,7 @@ def train(config: TrainConfig) -> int:
             if record:
                 base = modlee_base()
             else:
-                from lightning.pytorch import LightningModule as base
+                base = import_lightning().LightningModule
             adapter = adapter_class(base)(dataclasses.asdict(model_config), model)
             adapter.attach(config, progress)
 
@@ -1296,6 +1300,7 @@ def start_modlee(config: TrainConfig, prepared: "data.Data") -> ModleeRecord | N
         return None
     started = time.perf_counter()
     modlee = import_modlee()
+    seconds = time.perf_counter() - started
     if modlee is None:
         if config.push:
             raise InputError(
@@ -1309,7 +1314,9 @@ def start_modlee(config: TrainConfig, prepared: "data.Data") -> ModleeRecord | N
         else "keeps everything on this machine"
     )
     say("modlee", f"{versions()['modlee']}, {upload}")
-    return ModleeRecord(modlee, config, prepared, time.perf_counter() - started)
+    record = ModleeRecord(modlee, config, prepared)
+    record.seconds = seconds
+    return record
 
 
 def finite(value: float) -> float | None:

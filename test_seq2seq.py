@@ -1,0 +1,1160 @@
+"""The proofs: statements about the model, the data, the loops and the commands.
+
+    python -m pytest              offline, on the CPU, in a few minutes; no file is needed
+
+Tests that need Modlee are skipped where it is not installed.
+"""
+
+import csv
+import dataclasses
+import inspect
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import run
+from data import InputError
+from positional import POSITIONAL_KINDS, sinusoidal_positional_encoding
+from seq2seq import (
+    TransformerSeq2SeqModel,
+    greedy_decode,
+    sequence_loss,
+    shift_right,
+)
+
+HERE = Path(__file__).parent
+KINDS = list(POSITIONAL_KINDS)
+ROMANIAN = "aăâbcdefghiîjklmnopqrsștțuvwxyzAĂÂBCDEFGHIÎJKLMNOPQRSȘTȚUVWXYZ„”«»–"
+HAS_MODLEE = run.versions()["modlee"] is not None
+needs_modlee = pytest.mark.skipif(not HAS_MODLEE, reason="Modlee is not installed")
+
+
+def tiny_model(seed: int = 0, **changes) -> TransformerSeq2SeqModel:
+    sizes = {"vocab_size": 50, "d_model": 32, "nhead": 4, "num_encoder_layers": 2}
+    sizes |= {"num_decoder_layers": 2, "max_length": 40, "dim_feedforward": 64}
+    torch.manual_seed(seed)
+    return TransformerSeq2SeqModel(**(sizes | changes))
+
+
+def random_ids(rows: int, length: int, seed: int = 0) -> torch.Tensor:
+    """Sentences without pads: [rows, length], the last token eos."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(2, 50, (rows, length), generator=generator)
+    ids[:, -1] = 1
+    return ids
+
+
+def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> bool:
+    return torch.allclose(a, b, atol=tolerance, rtol=0)
+
+
+# ---- positions --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [1, 2, 7, 16, 33])
+def test_sinusoidal_table_is_the_formula(width):
+    table = sinusoidal_positional_encoding(300, width)
+    assert table.dtype == torch.float32 and table.shape == (300, width)
+    for position in (0, 1, 17, 299):
+        for channel in range(width):
+            angle = position / 10000 ** (2 * (channel // 2) / width)
+            expected = math.cos(angle) if channel % 2 else math.sin(angle)
+            assert abs(table[position, channel].item() - expected) < 1e-7
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("offset", [0, 1, 9, 30])
+def test_an_offset_continues_the_sequence(kind, offset):
+    positions = POSITIONAL_KINDS[kind](40, 16, 4)
+    x, heads = torch.randn(2, 40, 16), torch.randn(2, 4, 40, 4)
+    part = positions.embed(x[:, offset:], offset)
+    assert close(part, positions.embed(x)[:, offset:])
+    part = positions.rotate(heads[:, :, offset:], offset)
+    assert close(part, positions.rotate(heads)[:, :, offset:])
+
+
+@pytest.mark.parametrize("kind", ["sinusoidal", "rotary"])
+def test_tables_grow_and_are_no_parameters(kind):
+    short, long = (POSITIONAL_KINDS[kind](length, 16, 4) for length in (4, 64))
+    assert not list(short.parameters())
+    x, heads = torch.randn(1, 50, 16), torch.randn(1, 4, 50, 4)
+    with torch.inference_mode():
+        assert torch.equal(short.embed(x), long.embed(x))
+        assert torch.equal(short.rotate(heads), long.rotate(heads))
+    heads.requires_grad_()
+    short.rotate(heads).sum().backward()  # grown under inference_mode, used in training
+    POSITIONAL_KINDS[kind](4, 16, 4).load_state_dict(short.state_dict())
+
+
+def test_rotary_scores_depend_on_relative_position_alone():
+    rotary = POSITIONAL_KINDS["rotary"](64, 16, 8)
+    query, key = torch.randn(1, 1, 5, 8), torch.randn(1, 1, 5, 8)
+
+    def scores(offset: int) -> torch.Tensor:
+        return rotary.rotate(query, offset) @ rotary.rotate(key, offset).mT
+
+    assert close(scores(0), scores(23))
+    assert not close(
+        scores(0), rotary.rotate(query, 3) @ rotary.rotate(key, 0).mT, 1e-2
+    )
+
+
+def test_positional_limits_are_clear():
+    with pytest.raises(ValueError, match="41 tokens is longer than the 40 learned"):
+        tiny_model(positional="learned").encode(random_ids(1, 41))
+    with pytest.raises(ValueError, match="even head width"):
+        tiny_model(positional="rotary", d_model=36, nhead=4)
+    with pytest.raises(ValueError, match="max_length >= 1"):
+        sinusoidal_positional_encoding(0, 8)
+
+
+# ---- model ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_a_future_token_cannot_change_the_past(kind, norm_first):
+    model = tiny_model(positional=kind, norm_first=norm_first).eval()
+    source, target = random_ids(3, 9), random_ids(3, 12, seed=1)
+    before = model(source, target)
+    for position in range(1, 12):
+        changed = target.clone()
+        changed[:, position] = (changed[:, position] + 1) % 50
+        after = model(source, changed)
+        assert torch.equal(before[:, :position], after[:, :position])
+        assert not close(before[:, position:], after[:, position:], 1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_padding_cannot_change_a_sentence(kind, norm_first):
+    model = tiny_model(positional=kind, norm_first=norm_first).eval()
+    source, target = random_ids(1, 6), random_ids(1, 5, seed=1)
+    alone = model(source, target)
+    padded_source = torch.zeros(2, 13, dtype=torch.long)
+    padded_source[0, :6], padded_source[1] = source[0], random_ids(1, 13, seed=2)[0]
+    padded_target = torch.zeros(2, 9, dtype=torch.long)
+    padded_target[0, :5], padded_target[1] = target[0], random_ids(1, 9, seed=3)[0]
+    together = model(padded_source, padded_target)
+    assert close(together[0, :5], alone[0])
+    assert torch.isfinite(model(torch.zeros_like(source), target)).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_cached_decoding_equals_the_whole_sequence_at_once(kind, norm_first):
+    model = tiny_model(positional=kind, norm_first=norm_first).eval()
+    source, target = random_ids(4, 9), random_ids(4, 12, seed=1)
+    source[1, 4:] = 0
+    memory, source_mask = model.encode(source)
+    cache = model.start_cache(memory, 12)
+    steps = [
+        model.decode_step(target[:, step], source_mask, cache, step)
+        for step in range(12)
+    ]
+    assert close(torch.stack(steps, 1), model(source, target))
+
+
+def test_forward_takes_what_the_tutorial_and_modlee_hand_in():
+    model = tiny_model().eval()
+    source, target = random_ids(2, 6), random_ids(2, 5)
+    logits = model(source, target)
+    assert logits.shape == (2, 5, 50) and logits.is_contiguous()
+    assert torch.equal(model([source, target]), logits)
+    first = model(source, torch.zeros(2, 1, dtype=torch.long))
+    assert torch.equal(model(source), first)
+
+
+def test_embedding_rows_are_rounded_up_and_tied():
+    tied, untied = tiny_model(), tiny_model(tie_embeddings=False)
+    assert tied.embedding.weight.shape == (64, 32)
+    assert tied.output.weight is tied.embedding.weight
+    extra = sum(p.numel() for p in untied.parameters()) - 64 * 32
+    assert extra == sum(p.numel() for p in tied.parameters())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"nhead": 5}, "nhead=5 does not divide d_model=32"),
+        ({"positional": "absolute"}, "sinusoidal, learned, rotary, none"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"num_decoder_layers": 0}, "num_decoder_layers must be at least 1"),
+        ({"eos_id": 0}, "no sentence could end"),
+        ({"pad_id": 50}, "pad_id=50"),
+    ],
+)
+def test_impossible_sizes_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_model(**changes)
+
+
+def test_labels_are_shifted_right_behind_the_start_token():
+    labels = torch.tensor([[7, 8, 9, 1], [5, 1, 0, 0]])
+    assert shift_right(labels).tolist() == [[0, 7, 8, 9], [0, 5, 1, 0]]
+    assert shift_right(labels, pad_id=3)[:, 0].tolist() == [3, 3]
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_ignores_pads_and_counts_tokens(smoothing):
+    logits, labels = torch.randn(2, 5, 50), random_ids(2, 5)
+    labels[1, 3:] = 0
+    loss, tokens = sequence_loss(logits, labels, label_smoothing=smoothing)
+    assert tokens == 8
+    log_p = logits.log_softmax(-1)
+    expected = 0.0
+    for row, column in ((0, c) for c in range(5)):
+        expected -= (1 - smoothing) * log_p[row, column, labels[row, column]]
+        expected -= smoothing * log_p[row, column].mean()
+    for column in range(3):
+        expected -= (1 - smoothing) * log_p[1, column, labels[1, column]]
+        expected -= smoothing * log_p[1, column].mean()
+    assert close(loss, expected, 1e-3)
+    logits[1, 3:] = 1e4
+    assert close(sequence_loss(logits, labels, label_smoothing=smoothing)[0], loss)
+
+
+@pytest.mark.parametrize("kind", ["sinusoidal", "learned", "rotary"])
+def test_thirty_two_pairs_are_learnt_by_heart(kind):
+    """Decoding gives back exactly what teacher forcing taught."""
+    source, target = random_ids(32, 8), random_ids(32, 10, seed=1)
+    model = tiny_model(positional=kind, d_model=64, dropout=0.0)
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    for _ in range(250):
+        logits = model(source, shift_right(target))
+        loss, tokens = sequence_loss(logits, target)
+        optimizer.zero_grad()
+        (loss / tokens).backward()
+        optimizer.step()
+    model.train()
+    assert torch.equal(greedy_decode(model, source), target)
+    assert model.training, "decoding leaves the mode of the model as it was"
+    one_by_one = [greedy_decode(model, row[None])[0] for row in source]
+    assert torch.equal(torch.stack(one_by_one), target)
+
+
+def test_decoding_ends_at_its_limit():
+    model = tiny_model()
+    assert greedy_decode(model, random_ids(3, 5), max_new_tokens=7).size(1) <= 7
+    learned = tiny_model(positional="learned")
+    assert greedy_decode(learned, random_ids(1, 40)).size(1) <= 40
+
+
+def test_model_files_need_torch_alone():
+    """The two files of a copy-paste user import torch and the standard library."""
+    for name in ("positional.py", "seq2seq.py"):
+        for line in (HERE / name).read_text().splitlines():
+            if line.startswith(("import ", "from ")):
+                module = line.split()[1].split(".")[0]
+                own = module in ("torch", "positional")
+                assert own or module in sys.stdlib_module_names, line
+
+
+# ---- data -------------------------------------------------------------------------------------
+
+
+def test_text_is_normalised_to_comma_below():
+    assert data.normalize("  Ştiinţa\tşi  ŢARA ", "ro") == "Știința și ȚARA"
+    assert data.normalize("Beşiktaş", "en") == "Beşiktaş"
+    assert data.normalize("s\u0326i ra\u0306u", "ro") == "și rău"
+
+
+@pytest.fixture(scope="module")
+def phrases():
+    return list(data.phrasebook(50_000))
+
+
+def test_the_phrasebook_is_large_distinct_and_reproducible(phrases):
+    assert len(phrases) == len({english for english, _ in phrases}) == 50_000
+    assert phrases[:500] == list(data.phrasebook(500))
+    assert phrases[:500] != list(data.phrasebook(500, seed=1))
+    for english, romanian in phrases:
+        for text in (english, romanian):
+            assert text == data.normalize(text, "ro")
+            assert text[0].isupper() and text[-1] in ".?"
+            assert not set("_,") & set(text.replace(", but", "").replace(", dar", ""))
+
+
+def test_the_phrasebook_speaks_romanian(phrases):
+    """One sentence for each thing that is more than replacing words."""
+    for english, romanian in (
+        ("We called him.", "L-am chemat."),  # clitic, dropped subject
+        ("She visited us.", "Ea ne-a vizitat."),
+        ("I will love her.", "O voi iubi."),
+        ("I did not hear them.", "Nu i-am auzit."),
+        ("Who will wash the shoe?", "Cine va spăla pantoful?"),
+        ("We like my house.", "Ne place casa mea."),  # dative
+        ("The big girls sleep under the table.", "Fetele mari dorm sub masă."),
+    ):
+        assert dict(phrases).get(english, romanian) == romanian
+    known = Counter(english in dict(phrases) for english in ("We called him.",))
+    assert known[True] == 1
+    for english, romanian in phrases:
+        words = set(english.lower().strip(".?").split())
+        if {"twelve", "shirts"} <= words and "twelve shirts" in english:
+            assert "douăsprezece cămăși" in romanian.lower()
+        if "twelve boys" in english:
+            assert "doisprezece băieți" in romanian.lower()
+        if "the red flowers" in english:
+            assert "florile roșii" in romanian
+        if english.startswith("I saw the teacher"):
+            assert romanian.startswith(
+                ("L-am văzut pe profesor", "I-am văzut pe profe")
+            )
+
+
+def write_pairs(path: Path, pairs) -> Path:
+    path.write_text("".join(f"{a}\t{b}\n" for a, b in pairs), encoding="utf-8")
+    return path
+
+
+def read_all(*names, **more) -> list[tuple[str, str]]:
+    batches = data.read_pairs([str(name) for name in names], **more)
+    return [pair for batch in batches for pair in zip(*batch)]
+
+
+PAIRS = [('One, "two".', "Unu, „doi”."), ("It's a cat.", "Este o pisică."), ("", "gol")]
+
+
+def test_every_format_holds_the_same_pairs(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    records = [{"en": en, "ro": ro} for en, ro in PAIRS]
+    write_pairs(tmp_path / "a.tsv", PAIRS)
+    (tmp_path / "b.tsv").write_text(
+        "\ufeffro\ten\r\n" + "".join(f"{ro}\t{en}\r\n" for en, ro in PAIRS)
+    )
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["id", "ro", "en"])
+        writer.writeheader()
+        writer.writerows({"id": 1, **record} for record in records)
+    lines = [json.dumps({"translation": record}) for record in records]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    (tmp_path / "b.json").write_text("\n".join(map(json.dumps, records)) + "\n")
+    (tmp_path / "c.json").write_text(json.dumps(records, indent=1))
+    for name, table in (
+        ("a.parquet", {"en": [en for en, _ in PAIRS], "ro": [ro for _, ro in PAIRS]}),
+        ("b.parquet", {"translation": records}),
+    ):
+        pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / name)
+    (tmp_path / "x.en").write_text("".join(f"{en}\n" for en, _ in PAIRS))
+    (tmp_path / "x.ro").write_text("".join(f"{ro}\n" for _, ro in PAIRS))
+    for path in tmp_path.glob("[abc].*"):
+        assert read_all(path) == PAIRS, path
+    assert read_all(tmp_path / "x.en", tmp_path / "x.ro") == PAIRS
+    assert read_all(tmp_path / "a.tsv", tmp_path / "c.json") == PAIRS * 2
+    swapped = read_all(tmp_path / "a.csv", languages=("ro", "en"))
+    assert swapped == [(ro, en) for en, ro in PAIRS]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.tsv", b"a\tb\nc\xff\td\n", r"a\.tsv:2: not valid UTF-8"),
+        ("a.tsv", b"a\tb\tc\n", r"a\.tsv:1: more than one tab"),
+        ("a.tsv", b"a\tb\nab\n", r"a\.tsv:2: no tab"),
+        ("a.csv", b"english,romanian\na,b\n", "found english, romanian"),
+        ("a.csv", b"en,ro\na,b,c\n", r"a\.csv:2: 3 fields under a header of 2"),
+        ("a.csv", b'en,ro\na,"b\n', r"a\.csv:2"),
+        ("a.csv", b"", "found none"),
+        ("a.jsonl", b'{"en": "a", "de": "b"}\n', r"a\.jsonl:1.*found en, de"),
+        ("a.jsonl", b'{"en": "a", "ro": "b"}\n[1]\n', r"a\.jsonl:2"),
+        ("a.jsonl", b'{"en": "a", "ro": 5}\n', r"a\.jsonl:1: ro is no text"),
+        ("a.jsonl", b'{"en": \n', r"a\.jsonl:1"),
+        ("a.json", b'\n[{"en": "a"}]', r"found en;"),
+        ("a.parquet", b"PAR1 not", "no readable parquet"),
+        ("a.xlsx", b"", "cannot tell what"),
+        ("a.tsv", b"", "no pairs left"),
+        ("a.tsv", b"\ta\na\t\n", "no pairs left.*2 empty"),
+        ("a.tsv", b"a\tb\n", "cannot hold out"),
+        ("a.tsv", b"a\tb\na\tc\n", "cannot hold out"),
+    ],
+)
+def test_bad_files_are_refused_in_one_line(tmp_path, capsys, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    code = main("--dataset", tmp_path / name, "--output", tmp_path / "out")
+    error = capsys.readouterr().err
+    assert code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    assert re.search(message, error), error
+    assert sorted(p.name for p in tmp_path.iterdir()) == [name]
+
+
+def test_unusable_paths_are_refused(tmp_path):
+    (tmp_path / "x.en").write_text("a\nb\n")
+    (tmp_path / "x.ro").write_text("a\n")
+    with pytest.raises(InputError, match=r"x\.ro ends before line 2 of .*x\.en"):
+        read_all(tmp_path / "x.en", tmp_path / "x.ro")
+    with pytest.raises(InputError, match="does not exist"):
+        read_all(tmp_path / "missing.tsv")
+    (tmp_path / "folder.tsv").mkdir()
+    with pytest.raises(InputError, match="not a regular file"):
+        read_all(tmp_path / "folder.tsv")
+    with pytest.raises(InputError, match="cannot tell what"):
+        read_all("a", "b", "c")
+
+
+def test_cleaning_counts_what_it_drops():
+    dropped = Counter()
+    pairs = [("a b", "x"), ("", "x"), ("a b", "x"), ("a b", "y"), ("a", "x" * 40)]
+    batches = [list(map(list, zip(*pairs))), [["a b"], ["x"]]]
+    kept = [pair for batch in data.clean(batches, dropped) for pair in zip(*batch)]
+    assert kept == [("a b", "x"), ("a b", "y")]
+    assert dropped == {"empty": 1, "duplicate": 2, "length ratio": 1}
+
+
+def test_no_source_sentence_stands_on_both_sides():
+    groups = np.array([i // 3 for i in range(300)])
+    train, test = data.grouped_split(groups, 0.2, seed=3)
+    assert len(train) + len(test) == 300 and len(test) == 60
+    assert not set(groups[train]) & set(groups[test])
+    assert [r.tolist() for r in data.grouped_split(groups, 0.2, seed=3)] == [
+        train.tolist(),
+        test.tolist(),
+    ]
+    assert len(data.grouped_split(groups, 5)[1]) == 15
+
+
+@pytest.fixture(scope="module")
+def prepared():
+    pairs = data.phrasebook(1200)
+    batches = (tuple(map(list, zip(*rows))) for rows in data._batched(pairs))
+    return data.prepare(batches, "train:400", 24, 200)
+
+
+def test_the_own_tokenizer_round_trips(prepared):
+    tokenizer = prepared.tokenizer
+    assert len(tokenizer) == 400
+    for text in (ROMANIAN, "Știința și țara.", "emoji 🙂 and 漢字", "a  b", "<b>\\n"):
+        ids = tokenizer(text)["input_ids"]
+        assert ids[-1] == tokenizer.eos_token_id and tokenizer.unk_token_id not in ids
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text
+        (ours,) = data.encode_texts([text], tokenizer)
+        assert ours == ids
+
+
+def test_over_long_pairs_are_dropped_not_cut(prepared):
+    assert prepared.dropped["over-long"] > 0
+    for part in (prepared.train, prepared.validation):
+        assert max(lengths.max() for lengths in part.lengths) <= 24
+        for row in range(0, len(part), 50):
+            source, target = part[row]
+            assert source[-1] == target[-1] == prepared.tokenizer.eos_token_id
+    total = len(prepared.train) + len(prepared.validation)
+    assert total + prepared.dropped["over-long"] == 1200
+
+
+def test_held_out_text_matches_its_ids(prepared):
+    rows = [prepared.validation[row] for row in range(20)]
+    sources, targets = data.pad_batch(rows)
+    text = prepared.validation_text[:20]
+    assert data.decode_ids(sources, prepared.tokenizer, "en") == text["source"]
+    assert data.decode_ids(targets, prepared.tokenizer, "ro") == text["target"]
+
+
+def test_the_tokenizer_is_trained_on_the_training_rows_alone():
+    pairs = [(f"common words {i}", f"cuvinte comune {i}") for i in range(100)]
+    sources, targets = map(list, zip(*pairs))
+    _, held_out = data.grouped_split(np.arange(100), 10)
+    for row in held_out:
+        sources[row] = targets[row] = "qqqq wwww zzzz " + sources[row]
+    prepared = data.prepare([(sources, targets)], "train:600", 64, 10)
+    # Which rows are held out depends on their number and not on their text.
+    vocabulary = "".join(prepared.tokenizer.get_vocab())
+    assert "common" in vocabulary and "qq" not in vocabulary and "ww" not in vocabulary
+
+
+def test_batches_follow_from_seed_and_epoch(prepared):
+    def epoch(seed: int, number: int) -> list[list[int]]:
+        sampler = data.BucketBatchSampler(*prepared.train.lengths, 16, seed)
+        sampler.set_epoch(number)
+        return list(sampler)
+
+    assert epoch(0, 1) == epoch(0, 1)
+    assert epoch(0, 1) != epoch(0, 2) and epoch(0, 1) != epoch(1, 1)
+    for number in range(3):
+        rows = [row for batch in epoch(0, number) for row in batch]
+        assert sorted(rows) == list(range(len(prepared.train)))
+
+
+def test_buckets_hold_little_padding_and_batches_are_trimmed(prepared):
+    train = prepared.train
+    loader = data.make_loader(train, train.lengths, 16)
+    real = padded = 0
+    for index, (sources, targets) in enumerate(loader):
+        for ids in (sources, targets):
+            assert ids.dtype == torch.long
+            assert ids[:, -1].any(), "the last column holds a token"
+            real, padded = real + ids.ne(0).sum().item(), padded + ids.numel()
+        tokens = targets.ne(0).sum().item()
+        assert tokens == loader.batch_sampler.target_tokens[index]
+    assert loader.batch_sampler.padding_share() == pytest.approx(1 - real / padded)
+    assert 1 - real / padded < 0.15
+    shares = train.rows_with(prepared.tokenizer.eos_token_id)
+    assert shares == (1.0, 1.0) and train.rows_with(2) == (0.0, 0.0)
+
+
+def test_window_tokens_cover_the_whole_window(prepared):
+    sampler = data.BucketBatchSampler(*prepared.train.lengths, 100, shuffle=False)
+    tokens = sampler.target_tokens.tolist()
+    assert len(tokens) == 10
+    assert [sampler.window_tokens(i, 4) for i in (0, 3, 4, 9)] == [
+        sum(tokens[:4]),
+        sum(tokens[:4]),
+        sum(tokens[4:8]),
+        sum(tokens[8:]),
+    ]
+
+
+def test_create_dataloaders_splits_by_source_and_drops_duplicates():
+    sources, targets = random_ids(40, 6), random_ids(40, 8, seed=1)
+    sources[20:] = sources[:20]  # each source twice ...
+    targets[20:30] = targets[:10]  # ... half of them as exact duplicates
+    sources[:, 4:], targets[:, 5:] = 0, 0
+    loaders = data.create_dataloaders(sources, targets, test_size=0.25, batch_size=4)
+    sides = []
+    for loader in loaders:
+        rows = [tuple(row.tolist()) for batch, _ in loader for row in batch]
+        assert all(batch.shape[1] == 4 for batch, _ in loader)
+        assert all(batch.shape[1] == 5 for _, batch in loader)
+        assert loader.dataset[0][0].shape == (6,) and loader.dataset[0][1].shape == (8,)
+        sides.append(rows)
+    assert len(sides[0]) + len(sides[1]) == 30
+    assert not set(sides[0]) & set(sides[1])
+
+
+def test_the_tutorials_names_and_signatures():
+    def head(function, count: int) -> list:
+        parameters = list(inspect.signature(function).parameters.values())
+        return [(p.name, p.default) for p in parameters[:count]]
+
+    assert head(data.load_dataset_and_tokenize, 5)[1:] == [
+        ("dataset_name", "wmt16"),
+        ("subset", "ro-en"),
+        ("split", "train[:80%]"),
+        ("max_length", 50),
+    ]
+    assert head(data.create_dataloaders, 4)[2:] == [
+        ("test_size", 0.2),
+        ("batch_size", 16),
+    ]
+    assert head(TransformerSeq2SeqModel, 6)[1:] == [
+        ("d_model", 512),
+        ("nhead", 8),
+        ("num_encoder_layers", 6),
+        ("num_decoder_layers", 6),
+        ("max_length", 50),
+    ]
+    for name in ("training_step", "validation_step", "configure_optimizers"):
+        assert hasattr(run.adapter_class(run.import_lightning().LightningModule), name)
+
+
+def save_tokenizer(folder: Path, **special) -> Path:
+    from transformers import PreTrainedTokenizerFast
+
+    trained = data.train_tokenizer([["a b c", "d e f"]], 300)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=trained.backend_tokenizer, **special
+    )
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "special",
+    [
+        {},
+        {"eos_token": "</s>"},
+        {"pad_token": "<pad>"},
+        {"eos_token": "x", "pad_token": "x"},
+    ],
+)
+def test_a_tokenizer_without_pad_or_eos_gets_them(tmp_path, special):
+    tokenizer = data.load_tokenizer(str(save_tokenizer(tmp_path, **special)))
+    assert None not in (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    assert max(tokenizer.pad_token_id, tokenizer.eos_token_id) < len(tokenizer)
+
+
+@pytest.mark.parametrize("name", ["./missing", "train:x", "train:10"])
+def test_a_tokenizer_that_cannot_be_is_refused(name, phrases):
+    batch = tuple(map(list, zip(*phrases[:50])))
+    with pytest.raises(InputError, match="tokenizer|vocabulary"):
+        data.prepare([batch], name, 64, 5)
+
+
+# ---- command line -----------------------------------------------------------------------------
+
+
+def main(*arguments) -> int:
+    """`python run.py ARGUMENTS` in this process; the exit code."""
+    try:
+        return run.main(*run.parse_command_line(list(map(str, arguments))))
+    except SystemExit as stop:
+        return stop.code
+
+
+def python(*arguments, **more) -> subprocess.CompletedProcess:
+    """Run the interpreter of these tests as a process of its own."""
+    process = [sys.executable, *map(str, arguments)]
+    more = {"capture_output": True, "text": True, "encoding": "utf-8"} | more
+    return subprocess.run(process, check=False, **more)
+
+
+def command(*arguments, **more) -> subprocess.CompletedProcess:
+    """`python run.py ARGUMENTS` as a process of its own."""
+    return python(HERE / "run.py", *arguments, **more)
+
+
+SMALL = [
+    *("--num-samples", 300, "--tokenizer", "train:320", "--max-epochs", 1),
+    *("--d-model", 32, "--nhead", 2, "--dim-feedforward", 64, "--batch-size", 32),
+    *("--num-encoder-layers", 1, "--num-decoder-layers", 1, "--validation-size", 20),
+]
+
+
+def test_flags_beat_the_preset_and_the_preset_the_defaults():
+    _, config = run.parse_command_line(["--preset", "tutorial", "--batch-size", "3"])
+    assert config.batch_size == 3 and config.d_model == 512 and config.seed == 0
+    assert run.parse_command_line([])[1] == run.TrainConfig()
+    names = {field.name for field in dataclasses.fields(run.TrainConfig)}
+    assert all(set(preset) <= names for preset in run.PRESETS.values())
+
+
+def test_the_tutorial_preset_is_the_tutorial_to_the_letter():
+    _, config = run.parse_command_line(["--preset", "tutorial"])
+    expected = {"dataset": ("wmt16",), "subset": "ro-en", "split": "train[:80%]"}
+    expected |= {"num_samples": 100, "tokenizer": "t5-small", "max_length": 50}
+    expected |= {"batch_size": 16, "d_model": 512, "nhead": 8, "dim_feedforward": 2048}
+    expected |= {"num_encoder_layers": 6, "num_decoder_layers": 6, "dropout": 0.1}
+    expected |= {"learning_rate": 5e-5, "max_epochs": 1, "validation_size": 0.2}
+    assert {name: getattr(config, name) for name in expected} == expected
+    optimizer = run.build_optimizer(tiny_model(), config)
+    assert type(optimizer) is torch.optim.Adam
+    schedule = run.build_schedule(optimizer, config, 5)
+    assert schedule.get_last_lr() == [5e-5]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--max-epoch", "3"], "did you mean --max-epochs?"),
+        (["--d-mod", "64"], "unrecognized"),
+        (["--batch-size", "0"], "at least 1"),
+        (["--learning-rate", "fast"], "invalid float"),
+        (["--loop", "manual"], "invalid choice"),
+        (["--preset", "huge"], "invalid choice"),
+        (["sing"], "unrecognized arguments: sing"),
+        (["translate"], "--model"),
+        (["evaluate", "--model", "x"], "--dataset"),
+        (["--label-smoothing", "1"], "must be in"),
+    ],
+)
+def test_a_wrong_flag_is_an_error_in_one_line(arguments, message, capsys):
+    assert main(*arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_every_flag_is_in_the_help_and_help_comes_before_torch():
+    shown = command("--help", env=os.environ | {"PYTHONPROFILEIMPORTTIME": "1"})
+    assert shown.returncode == 0 and "torch" not in shown.stderr
+    for field in dataclasses.fields(run.TrainConfig):
+        assert f"--{field.name.replace('_', '-')}" in shown.stdout
+    assert "translate" in shown.stdout and "evaluate" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "tpu"], "--device tpu: not here; found cpu"),
+        (["--nhead", 3], "nhead=3 does not divide"),
+        (["--positional", "absolute"], "sinusoidal, learned, rotary, none"),
+        (["--output", HERE], "exists already"),
+        (["--output", HERE / "run.py" / "x"], "cannot create"),
+        (["--push"], "MODLEE_API_KEY"),
+        (["translate", "--model", HERE], "no model folder: config.json is missing"),
+        (["evaluate", "--model", HERE / "no", "--dataset", "x.tsv"], "no model folder"),
+    ],
+)
+def test_wrong_values_are_refused_before_anything_is_written(
+    arguments, message, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MODLEE_API_KEY", raising=False)
+    assert main(*arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_hub_name_without_a_network_is_answered_soon(tmp_path):
+    """No HF_HUB_OFFLINE here: the program finds out by itself, without minutes of retries."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    env |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    started = time.perf_counter()
+    done = command("--dataset", "wmt16", "--subset", "ro-en", env=env, cwd=tmp_path)
+    assert done.returncode == 2 and time.perf_counter() - started < 60
+    assert done.stderr.startswith("error: cannot load data set wmt16/ro-en/train")
+    assert "--dataset pairs.tsv" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A model folder made by `python run.py`, Lightning and, where it is installed, Modlee."""
+    root = tmp_path_factory.mktemp("cli")
+    home = root / "home"
+    home.mkdir()
+    work = root / "work"
+    work.mkdir()
+    env = os.environ | {"HOME": str(home), "HF_HUB_OFFLINE": "1"}
+    env["MODLEE_API_KEY"] = "secret-key-7f3a"
+    done = command(*SMALL, "--output", root / "model", cwd=work, env=env)
+    assert done.returncode == 0, done.stderr
+    (root / "stdout").write_text(done.stdout)
+    (root / "stderr").write_text(done.stderr)
+    return root / "model"
+
+
+def test_a_run_leaves_a_whole_model_folder(folder):
+    names = {path.name for path in folder.iterdir()}
+    expected = {"model.safetensors", "config.json", "metrics.json", "loss.png"}
+    assert expected | {"tokenizer.json"} <= names
+    assert not [name for name in names if name.startswith(".")]
+    metrics = json.loads((folder / "metrics.json").read_text())
+    for name in ["dataset", "tokenizer", "pairs", "parameters", "device", "precision", "loop", "modlee", "artifacts", "train_seconds", "tokens_per_second", "padding_share", "train_loss", "val_loss", "bleu", "chrf", "signature", "versions"]:
+        assert name in metrics
+    assert metrics["pairs"] == {"train": 280, "validation": 20}
+    assert metrics["modlee"] == HAS_MODLEE
+    assert 0 < metrics["train_loss"] < 10 and 0 < metrics["val_loss"] < 10
+    out = (folder.parent / "stdout").read_text()
+    for word in ("phrasebook", "no benchmark", "train:320", "cpu", "fp32", "lightning"):
+        assert word in out
+    assert metrics["signature"] in out and out.count("translation  ") == 6
+    assert "modlee" in out and str(folder) in out
+    assert "Epoch 0: 100%" in (folder.parent / "stderr").read_text()
+
+
+def test_a_run_leaves_nothing_else(folder):
+    root = folder.parent
+    assert [path.name for path in (root / "work").iterdir()] in ([], ["runs"])
+    left = [path for path in (root / "home").rglob("*") if path.is_file()]
+    left = [
+        path
+        for path in left
+        if ".cache" not in path.parts and ".config" not in path.parts
+    ]
+    assert not left
+
+
+def test_the_key_is_written_nowhere(folder):
+    for path in folder.parent.rglob("*"):
+        if path.is_file():
+            assert b"secret-key-7f3a" not in path.read_bytes(), path
+
+
+def test_translate_writes_one_line_per_line(folder):
+    lines = ["The cat sleeps.", "", "   ", "I see a dog.", "x " * 200, "", "last"]
+    done = command("translate", "--model", folder, input="\n".join(lines))
+    assert done.returncode == 0, done.stderr
+    out = done.stdout.split("\n")
+    assert out.pop() == "" and len(out) == len(lines)
+    assert [not line for line in out[:4]] == [False, True, True, False]
+    again = command("translate", "--model", folder, "I see a dog.", "The cat sleeps.")
+    assert again.stdout.splitlines() == [out[3], out[0]]
+    empty = command("translate", "--model", folder, input="")
+    assert (empty.returncode, empty.stdout) == (0, "")
+
+
+def test_translate_refuses_what_is_no_text(folder):
+    more = {"input": b"fine\n\xff\xfe\n", "text": False, "encoding": None}
+    done = command("translate", "--model", folder, **more)
+    assert done.returncode == 2
+    assert (
+        done.stderr.decode()
+        .splitlines()[-1]
+        .startswith("error: standard input, line 2")
+    )
+
+
+def test_evaluate_scores_a_file(folder, tmp_path, capsys):
+    pairs = [("The cat sleeps.", "Pisica doarme."), ("I see.", "Ştiu.")]
+    path = write_pairs(tmp_path / "pairs.tsv", pairs)
+    report = tmp_path / "out.json"
+    assert main("evaluate", "--model", folder, "--dataset", path, "--json", report) == 0
+    result = json.loads(report.read_text())
+    assert result["pairs"] == 2 and result["unk_rate_source"] == 0.0
+    for name in (
+        "bleu",
+        "chrf",
+        "signature",
+        "chrf_signature",
+        "unk_rate_target",
+        "seconds",
+    ):
+        assert name in result
+    assert result["signature"] in capsys.readouterr().out
+    assert main("evaluate", "--model", folder, "--dataset", tmp_path / "no.tsv") == 2
+    wrong = tmp_path / "no" / "out.json"
+    assert main("evaluate", "--model", folder, "--dataset", path, "--json", wrong) == 2
+
+
+def test_both_sides_are_scored_normalised():
+    assert run.score(["știu ce țară"] * 2, ["știu ce țară"] * 2)["chrf"] == 100.0
+
+
+def test_a_damaged_model_folder_is_refused(folder, tmp_path, capsys):
+    for name, content in (
+        ("model.safetensors", b"\x80\x04damaged"),
+        ("config.json", b"{}"),
+        ("config.json", b"not json"),
+    ):
+        copy = tmp_path / f"{name}-{len(content)}"
+        shutil.copytree(folder, copy)
+        (copy / name).write_bytes(content)
+        assert main("translate", "--model", copy, "text") == 2
+        error = capsys.readouterr().err
+        assert "no model folder" in error and error.count("\n") == 1
+
+
+def test_a_failing_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "metrics.json"
+    run.write_json(path, {"a": 1})
+    with pytest.raises(ValueError, match="JSON"):
+        run.write_json(path, {"a": math.nan})
+
+    def half(temporary: Path) -> None:
+        temporary.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        run.write_file(path, half)
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.json"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize("loop", ["raw", "lightning"])
+def test_ctrl_c_saves_the_last_state(loop, tmp_path):
+    output = tmp_path / "model"
+    arguments = [*SMALL, "--max-epochs", 10_000, "--loop", loop, "--no-modlee"]
+    process = subprocess.Popen(
+        [sys.executable, HERE / "run.py", *map(str, arguments), "--output", output],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=tmp_path,
+    )
+    seen = b""
+    while b"train_loss" not in seen:  # the bar shows a loss: steps are being made
+        seen += process.stderr.read1()
+        assert process.poll() is None, seen
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert b"Traceback" not in err and b"its state is in" in out
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["interrupted"] and metrics["steps"] >= run.LOG_EVERY
+    assert main("translate", "--model", output, "I see.") == 0
+
+
+# ---- the two loops ----------------------------------------------------------------------------
+
+
+def fit(prepared, loop: str, modlee: bool = False, tmp_path=None, freeze=(), **changes):
+    """Train a tiny model with either loop. Returns (model, progress, record)."""
+    settings = {"batch_size": 64, "max_epochs": 2, "seed": 5, "precision": "fp32"}
+    settings |= {"mlruns": str(tmp_path / "mlruns")} if tmp_path else {}
+    config = run.TrainConfig(**(settings | changes))
+    model = tiny_model(vocab_size=len(prepared.tokenizer), dropout=0.1)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in freeze)
+    loaders = [
+        data.make_loader(part, part.lengths, 64, 0, config.seed, shuffle)
+        for part, shuffle in ((prepared.train, True), (prepared.validation, False))
+    ]
+    progress, record = run.Progress(), None
+    if loop == "raw":
+        run.train_raw(model, *loaders, config, progress)
+        return model, progress, None
+    if modlee:
+        record = run.ModleeRecord(run.import_modlee(), config, prepared)
+    base = run.modlee_base() if modlee else run.import_lightning().LightningModule
+    adapter = run.adapter_class(base)(dataclasses.asdict(model.config), model)
+    adapter.attach(config, progress)
+
+    def train() -> None:
+        run.train_lightning(adapter, *loaders, config, torch.device("cpu"))
+
+    record.fit(adapter, train) if record else train()
+    return model, progress, record
+
+
+def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    ours, theirs = a.state_dict(), b.state_dict()
+    return all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_raw_and_lightning_walk_the_same_path(prepared, precision, accumulate):
+    """Dropout, clipping, schedule and uneven windows on: bit-identical weights and losses."""
+    settings = {"precision": precision, "accumulate": accumulate, "clip_norm": 0.5}
+    raw, raw_progress, _ = fit(prepared, "raw", **settings)
+    lit, lit_progress, _ = fit(prepared, "lightning", **settings)
+    assert raw_progress.step == lit_progress.step == 2 * math.ceil(16 / accumulate)
+    assert raw_progress.train == lit_progress.train
+    assert raw_progress.validation == pytest.approx(lit_progress.validation)
+    assert same_weights(raw, lit)
+    assert not same_weights(raw, tiny_model(vocab_size=len(prepared.tokenizer)))
+
+
+def test_two_batches_accumulated_equal_one_of_twice_the_size(prepared):
+    """Token-exact: the gradient of a window is that of its pairs in one batch."""
+    model = tiny_model(vocab_size=len(prepared.tokenizer), dropout=0.0)
+    rows = [prepared.train[row] for row in range(40)]
+    loss, tokens = run.batch_loss(model, data.pad_batch(rows), 0)
+    (loss / tokens).backward()
+    whole = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    lengths = [lengths[:40] for lengths in prepared.train.lengths]
+    sampler = data.BucketBatchSampler(*lengths, 30, shuffle=False)  # 30 pairs, then 10
+    for index, part in enumerate(sampler):
+        batch = data.pad_batch([rows[row] for row in part])
+        loss, _ = run.batch_loss(model, batch, 0)
+        (run.step_share(loss, sampler, index, 2) / 2).backward()
+    for parameter, expected in zip(model.parameters(), whole):
+        assert close(parameter.grad, expected, 1e-6)
+
+
+def test_the_schedule_rises_and_ends_near_zero():
+    config = run.TrainConfig(learning_rate=1.0, warmup=0.1, schedule="cosine")
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.Adam([parameter], lr=1.0)
+    schedule = run.build_schedule(optimizer, config, 100)
+    rates = []
+    for _ in range(100):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == 1.0
+    assert rates[10:] == sorted(rates[10:], reverse=True) and rates[-1] < 1e-3
+
+
+def test_clipping_bounds_the_gradient_norm():
+    model = tiny_model()
+    model(random_ids(2, 5), random_ids(2, 5)).sum().backward()
+    run.clip_gradients(model, run.TrainConfig(clip_norm=0.25))
+    norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    assert norm.item() == pytest.approx(0.25, rel=1e-3)
+
+
+# ---- the wmt16 path ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def hub_home(tmp_path_factory, phrases) -> Path:
+    """A Hugging Face home that answers offline to wmt16 / ro-en and to t5-small."""
+    import datasets
+
+    home = tmp_path_factory.mktemp("hub")
+    rows = [{"translation": {"ro": ro, "en": en}} for en, ro in phrases[:200]]
+    features = datasets.Features({"translation": datasets.Translation(["ro", "en"])})
+    table = datasets.Dataset.from_list(rows, features=features)
+    revision = "0" * 40
+    for name in ("wmt16", "wmt___wmt16"):
+        folder = home / "datasets" / name / "ro-en" / "0.0.0" / revision
+        folder.mkdir(parents=True)
+        writer = datasets.arrow_writer.ArrowWriter(
+            path=str(folder / "wmt16-train.arrow"), features=features
+        )
+        for row in rows:
+            writer.write(row)
+        writer.finalize()
+        split = {"name": "train", "num_bytes": 1, "num_examples": 200}
+        info = {
+            "features": {
+                "translation": {"languages": ["ro", "en"], "_type": "Translation"}
+            },
+            "builder_name": "parquet",
+            "dataset_name": "wmt16",
+            "config_name": "ro-en",
+            "version": {"version_str": "0.0.0", "major": 0, "minor": 0, "patch": 0},
+            "splits": {"train": {**split, "dataset_name": "wmt16"}},
+        }
+        (folder / "dataset_info.json").write_text(json.dumps(info))
+    assert len(table) == 200
+    model = home / "hub" / "models--t5-small"
+    (model / "refs").mkdir(parents=True)
+    (model / "refs" / "main").write_text(revision)
+    sides = [[text for pair in phrases[:200] for text in pair]]
+    tokenizer = data.train_tokenizer(sides, 400)
+    tokenizer.save_pretrained(model / "snapshots" / revision)
+    (model / "snapshots" / revision / "config.json").write_text('{"model_type": "t5"}')
+    return home
+
+
+def test_the_tutorial_preset_runs_on_a_cached_wmt16(hub_home, tmp_path):
+    env = os.environ | {"HF_HOME": str(hub_home), "HF_HUB_OFFLINE": "1"}
+    sizes = ["--d-model", 32, "--dim-feedforward", 64, "--no-modlee"]
+    output = tmp_path / "model"
+    done = command("--preset", "tutorial", *sizes, "--output", output, env=env)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["pairs"] == {"train": 80, "validation": 20}
+    assert metrics["steps"] == 5 and metrics["tokenizer"] == "t5-small"
+    assert "wmt16/ro-en train[:80%]" in done.stdout
+
+
+def test_the_tutorials_calls_run_on_a_cached_wmt16(hub_home):
+    script = """
+import data, seq2seq
+input_ids, decoder_input_ids, tokenizer = data.load_dataset_and_tokenize(60)
+assert input_ids.shape == decoder_input_ids.shape == (60, 50), input_ids.shape
+train, val = data.create_dataloaders(input_ids, decoder_input_ids)
+assert len(train.dataset) == 48 and len(val.dataset) == 12
+model = seq2seq.TransformerSeq2SeqModel(len(tokenizer), d_model=32, nhead=4,
+    num_encoder_layers=1, num_decoder_layers=1, max_length=50)
+source, labels = next(iter(train))
+logits = model(source, seq2seq.shift_right(labels))
+assert logits.shape == (16, labels.size(1), len(tokenizer))
+"""
+    env = os.environ | {"HF_HOME": str(hub_home), "HF_HUB_OFFLINE": "1"}
+    done = python("-c", script, env=env, cwd=HERE)
+    assert done.returncode == 0, done.stderr
+
+
+# ---- Modlee -----------------------------------------------------------------------------------
+
+
+@needs_modlee
+def test_importing_modlee_leaves_the_process_as_it_was():
+    script = """
+import logging, ssl, warnings, torch, run
+run.import_lightning()
+import mlflow, sklearn
+def state():
+    names = ["pytorch_lightning", "lightning.pytorch.core", "mlflow", "torchvision",
+             "torch.nn", "sklearn", "pymfe", "numpy"]
+    return (ssl._create_default_https_context, torch.get_rng_state().tolist(),
+            list(logging.root.handlers), logging.root.level, list(warnings.filters),
+            [(logging.getLogger(n).level, logging.getLogger(n).propagate) for n in names])
+before = state()
+assert run.import_modlee() is not None
+after = state()
+for one, other in zip(before, after):
+    assert one == other, (one, other)
+context = ssl._create_default_https_context()
+assert context.verify_mode == ssl.CERT_REQUIRED and context.check_hostname
+"""
+    done = python("-W", "ignore", "-c", script, cwd=HERE)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def recorded(prepared, tmp_path_factory):
+    """The same training without and with Modlee, and what the second left behind."""
+    folder = tmp_path_factory.mktemp("modlee")
+    work, home = folder / "work", folder / "home"
+    work.mkdir()
+    home.mkdir()
+    frozen = ("encoder_layers.0.linear1.weight",)
+    plain = fit(prepared, "lightning", freeze=frozen)
+    here, old_home = os.getcwd(), os.environ.get("HOME", "")
+    os.chdir(work)
+    os.environ["HOME"] = str(home)
+    try:
+        with_modlee = fit(prepared, "lightning", True, folder, frozen)
+    finally:
+        os.chdir(here)
+        os.environ["HOME"] = old_home
+    return plain, with_modlee, folder
+
+
+@needs_modlee
+def test_modlee_does_not_change_the_weights(recorded):
+    (plain, plain_progress, _), (model, progress, _), _ = recorded
+    assert same_weights(plain, model)
+    assert plain_progress.train == progress.train
+    assert plain_progress.validation == progress.validation
+
+
+@needs_modlee
+def test_a_frozen_parameter_stays_frozen(recorded):
+    _, (model, _, _), _ = recorded
+    start = tiny_model(vocab_size=model.config.vocab_size)
+    frozen = "encoder_layers.0.linear1.weight"
+    assert not model.get_parameter(frozen).requires_grad
+    assert torch.equal(model.get_parameter(frozen), start.get_parameter(frozen))
+    assert model.get_parameter("embedding.weight").requires_grad
+
+
+@needs_modlee
+def test_modlee_leaves_nothing_behind_but_its_run(recorded):
+    _, (_, _, record), folder = recorded
+    assert not list((folder / "work").iterdir())
+    assert not [p for p in (folder / "home").rglob("*") if p.name == "kwargs.txt"]
+    assert Path(record.run_path).is_relative_to(folder / "mlruns")
+    assert not list(folder.rglob("*.pth")) and not list(folder.rglob("*.ckpt"))
+    assert torch._tensor_str.PRINT_OPTS.threshold == 1000
+    root_handlers = [type(handler).__name__ for handler in logging.root.handlers]
+    assert "StreamHandler" not in root_handlers
+
+
+@needs_modlee
+def test_modlee_records_its_artifacts(recorded, prepared):
+    _, (_, progress, record), _ = recorded
+    expected = "model.py model_graph.py model_graph.txt model_size model_metafeatures"
+    expected = {*expected.split(), "data_metafeatures", "cached_vars"}
+    assert expected <= set(record.artifacts)
+    artifacts = Path(record.run_path) / "artifacts"
+    features = json.loads((artifacts / "data_metafeatures").read_text())
+    assert features["dataset_size"] == len(prepared.train)
+    logged = (Path(record.run_path) / "metrics" / "val_loss").read_text().split()
+    assert float(logged[-2]) == pytest.approx(progress.validation[-1][1], abs=1e-5)
+    assert record.seconds > 0 and record.tokens in ("gpt2", "own")
+
+
+@needs_modlee
+def test_a_recorded_model_can_be_rebuilt(recorded):
+    import modlee
+
+    _, (model, _, record), _ = recorded
+    rebuilt = modlee.retriever.get_model(record.run_path)
+    rebuilt.model.load_state_dict(model.state_dict())
+    source, target = random_ids(2, 6), random_ids(2, 5)
+    assert torch.equal(
+        rebuilt.model.eval()(source, target), model.eval()(source, target)
+    )
+
+
+@needs_modlee
+def test_autologging_ends_with_the_fit(recorded):
+    from mlflow.utils.autologging_utils import get_autologging_config
+
+    assert get_autologging_config("pytorch", "disable") is True
+
+
+@needs_modlee
+def test_pushing_to_a_dead_server_does_not_lose_the_run(recorded, capsys, monkeypatch):
+    _, (_, _, record), folder = recorded
+    monkeypatch.setenv("MODLEE_API_KEY", "secret-key-7f3a")
+    monkeypatch.chdir(folder / "work")
+    record.push()
+    out = capsys.readouterr()
+    assert "uploading" in out.out and "not uploaded" in out.out
+    assert "secret-key-7f3a" not in out.out + out.err
+    assert not list((folder / "work").iterdir())
