@@ -456,7 +456,6 @@ def encode(
 
 def to_table(batches: Iterable[dict[str, list]], limit: int | None = None):
     """Batches of columns as one Arrow-backed `datasets.Dataset`, of `limit` rows at most."""
-    import datasets
     import pyarrow
 
     types = {"source": pyarrow.string(), "target": pyarrow.string()}
@@ -476,6 +475,8 @@ def to_table(batches: Iterable[dict[str, list]], limit: int | None = None):
             break
     if not rows:
         return None
+    import datasets  # not before the batches, whose source may have to go offline first
+
     return datasets.Dataset(pyarrow.concat_tables(tables).combine_chunks())
 
 

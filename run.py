@@ -520,9 +520,7 @@ def adapter_class(base: type) -> type:
             super().__init__()
             from seq2seq import TransformerSeq2SeqModel
 
-            self.model_config = (
-                model_config  # JSON, so that Modlee keeps it for rebuilding
-            )
+            self.model_config = model_config  # plain, so that Modlee keeps it
             self.model = model or TransformerSeq2SeqModel(**model_config)
 
         def forward(self, input_ids, decoder_input_ids=None):
@@ -837,6 +835,11 @@ class ModleeRecord:
 
                 module.after_callbacks = finish
 
+        # model.py names the modules of base classes and does not import them.
+        source_of = self.modlee.get_code_text_for_model
+        stock.get_code_text_for_model = lambda model, **more: (
+            "import positional, seq2seq\n" + source_of(model, **more)
+        )
         converter = small_converter(self.modlee)
         self.modlee.model_metafeatures.converter = converter
         stock.modlee_converter = converter

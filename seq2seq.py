@@ -432,34 +432,36 @@ def greedy_decode(
 
     Args:
         input_ids: [B, S] int64, padded on the right.
-        max_new_tokens: where a sentence that does not end is cut; default twice the source plus 10,
-            and never past the table of learned positions.
+        max_new_tokens: where a sentence that does not end is cut; default twice its source
+            plus 10, row by row, so that a row does not depend on its neighbours. Never past
+            the table of learned positions.
 
-    Returns: [B, T] int64 with T <= max_new_tokens; pads follow the eos of a row.
+    Returns: [B, T] int64; pads follow the eos of a row.
     """
     config = model.config
     if max_new_tokens is None:
-        max_new_tokens = 2 * input_ids.size(1) + 10
+        limits = 2 * input_ids.ne(config.pad_id).sum(dim=1) + 10  # [B]
+    else:
+        limits = torch.full_like(input_ids[:, 0], max_new_tokens)
     if config.positional == "learned":
-        max_new_tokens = min(max_new_tokens, config.max_length)
+        limits = limits.clamp(max=config.max_length)
+    steps = int(limits.max())
     was_training = model.training
     model.eval()
     try:
         memory, source_mask = model.encode(input_ids)
-        cache = model.start_cache(memory, max_new_tokens)
-        output = torch.full_like(input_ids[:, :1], config.pad_id).repeat(
-            1, max_new_tokens
-        )
+        cache = model.start_cache(memory, steps)
+        output = torch.full_like(input_ids[:, :1], config.pad_id).repeat(1, steps)
         next_ids = output[:, 0]  # [B], the start token
         finished = torch.zeros_like(next_ids, dtype=torch.bool)
-        for step in range(max_new_tokens):
+        for step in range(steps):
             logits = model.decode_step(next_ids, source_mask, cache, step)  # [B, V]
             logits[:, config.pad_id] = -torch.inf  # the start token is no translation
             next_ids = logits.argmax(dim=-1).masked_fill(finished, config.pad_id)
             output[:, step] = next_ids
-            finished |= next_ids == config.eos_id
+            finished |= (next_ids == config.eos_id) | (step + 1 >= limits)
             if finished.all():
-                return output[:, : step + 1]
-        return output
+                break
+        return output[:, : step + 1]
     finally:
         model.train(was_training)

@@ -509,7 +509,8 @@ def test_buckets_hold_little_padding_and_batches_are_trimmed(prepared):
 
 
 def test_window_tokens_cover_the_whole_window(prepared):
-    sampler = data.BucketBatchSampler(*prepared.train.lengths, 100, shuffle=False)
+    lengths = [lengths[:500] for lengths in prepared.train.lengths]
+    sampler = data.BucketBatchSampler(*lengths, 50)
     tokens = sampler.target_tokens.tolist()
     assert len(tokens) == 10
     assert [sampler.window_tokens(i, 4) for i in (0, 3, 4, 9)] == [
@@ -736,9 +737,29 @@ def test_a_run_leaves_a_whole_model_folder(folder):
     assert expected | {"tokenizer.json"} <= names
     assert not [name for name in names if name.startswith(".")]
     metrics = json.loads((folder / "metrics.json").read_text())
-    for name in ["dataset", "tokenizer", "pairs", "parameters", "device", "precision", "loop", "modlee", "artifacts", "train_seconds", "tokens_per_second", "padding_share", "train_loss", "val_loss", "bleu", "chrf", "signature", "versions"]:
+    for name in [
+        "dataset",
+        "tokenizer",
+        "pairs",
+        "parameters",
+        "device",
+        "precision",
+        "loop",
+        "modlee",
+        "artifacts",
+        "train_seconds",
+        "tokens_per_second",
+        "padding_share",
+        "train_loss",
+        "val_loss",
+        "bleu",
+        "chrf",
+        "signature",
+        "versions",
+    ]:
         assert name in metrics
-    assert metrics["pairs"] == {"train": 280, "validation": 20}
+    dropped = sum(metrics["dropped"].values())
+    assert sum(metrics["pairs"].values()) + dropped == 300
     assert metrics["modlee"] == HAS_MODLEE
     assert 0 < metrics["train_loss"] < 10 and 0 < metrics["val_loss"] < 10
     out = (folder.parent / "stdout").read_text()
@@ -915,9 +936,10 @@ def test_raw_and_lightning_walk_the_same_path(prepared, precision, accumulate):
     settings = {"precision": precision, "accumulate": accumulate, "clip_norm": 0.5}
     raw, raw_progress, _ = fit(prepared, "raw", **settings)
     lit, lit_progress, _ = fit(prepared, "lightning", **settings)
-    assert raw_progress.step == lit_progress.step == 2 * math.ceil(16 / accumulate)
+    batches = math.ceil(len(prepared.train) / 64)
+    assert raw_progress.step == lit_progress.step == 2 * math.ceil(batches / accumulate)
     assert raw_progress.train == lit_progress.train
-    assert raw_progress.validation == pytest.approx(lit_progress.validation)
+    assert raw_progress.validation == lit_progress.validation
     assert same_weights(raw, lit)
     assert not same_weights(raw, tiny_model(vocab_size=len(prepared.tokenizer)))
 
@@ -1129,23 +1151,25 @@ def test_modlee_records_its_artifacts(recorded, prepared):
 
 
 @needs_modlee
+def test_autologging_ends_with_the_fit(recorded):
+    from mlflow.utils.autologging_utils import get_autologging_config
+
+    assert get_autologging_config("pytorch", "disable") is True
+
+
+@needs_modlee
 def test_a_recorded_model_can_be_rebuilt(recorded):
+    import mlflow
     import modlee
 
     _, (model, _, record), _ = recorded
     rebuilt = modlee.retriever.get_model(record.run_path)
+    mlflow.pytorch.autolog(disable=True)  # its constructor switches it on
     rebuilt.model.load_state_dict(model.state_dict())
     source, target = random_ids(2, 6), random_ids(2, 5)
     assert torch.equal(
         rebuilt.model.eval()(source, target), model.eval()(source, target)
     )
-
-
-@needs_modlee
-def test_autologging_ends_with_the_fit(recorded):
-    from mlflow.utils.autologging_utils import get_autologging_config
-
-    assert get_autologging_config("pytorch", "disable") is True
 
 
 @needs_modlee
