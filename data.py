@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import random
+import ssl
 import threading
 import unicodedata
 import urllib.error
@@ -207,8 +208,10 @@ def hub_reachable(seconds: float = 5.0) -> bool:
             )
         except urllib.error.HTTPError:
             pass  # an answer, if not a friendly one
-        except OSError:
-            return
+        except OSError as error:
+            # Without certificates (python.org's macOS builds) this call fails, not the libraries.
+            if not isinstance(getattr(error, "reason", None), ssl.SSLError):
+                return
         answers.append(True)
 
     # In a thread, since a time-out does not cover looking up the host's name.

@@ -106,8 +106,15 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("max_length", "max_epochs", "batch_size", "accumulate"):
-            if getattr(self, name) < 1:
+        for name in (
+            "max_length",
+            "max_epochs",
+            "batch_size",
+            "accumulate",
+            "num_samples",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
         for name in (
             "num_samples",
@@ -118,6 +125,8 @@ class TrainConfig:
         ):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"--{name.replace('_', '-')} must not be negative")
+        if self.seed >= 2**32:
+            raise ValueError("--seed must be below 2**32")
         for name in ("warmup", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be in [0, 1)")
@@ -282,6 +291,8 @@ def choose_device(name: str) -> torch.device:
 
 def choose_precision(name: str, device: torch.device) -> str:
     """auto: bf16 (fp16 on older cards) where CUDA has the units for it, else fp32."""
+    if name == "fp16" and device.type == "cpu":
+        raise InputError("--precision fp16 needs a GPU; on a CPU take fp32 or bf16")
     if name != "auto":
         return name
     if device.type != "cuda":
@@ -289,12 +300,17 @@ def choose_precision(name: str, device: torch.device) -> str:
     return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
 
 
-AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+def autocast(device: torch.device, precision: str):
+    """The context in which a forward pass runs; fp32 needs none (nor has every device one)."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return torch.autocast(device.type, dtype=dtype)
 
 
 def seed_step(seed: int, step: int) -> None:
     """Make the random state (dropout) of an optimizer step a function of (seed, step) alone."""
-    torch.manual_seed(seed * 1_000_003 + step)
+    torch.manual_seed(seed * 2**31 + step)
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -351,7 +367,7 @@ class Progress:
     Losses stay on the device until a point of the curve is due, so that a step never waits.
 
     Attributes: train, validation: lists of (optimizer step, loss in nats per token). step: optimizer
-    steps done. epoch_loss: mean training loss over the tokens of the last finished epoch.
+    steps done. epoch_loss: mean training loss over the tokens of the last epoch, finished or not.
     """
 
     def __init__(self) -> None:
@@ -387,13 +403,12 @@ class Progress:
         self._pending.clear()
         self._epoch[0] += loss
         self._epoch[1] += tokens
+        self.epoch_loss = self._epoch[0] / self._epoch[1]
         self.train.append((self.step, loss / tokens))
         return loss / tokens
 
     def end_epoch(self, validation_loss: float) -> None:
         self.flush()
-        if self._epoch[1]:
-            self.epoch_loss = self._epoch[0] / self._epoch[1]
         self._epoch = [0.0, 0]
         self.validation.append((self.step, validation_loss))
 
@@ -444,8 +459,7 @@ def train_raw(
     from tqdm import tqdm
 
     device = next(model.parameters()).device
-    pad_id, dtype = model.config.pad_id, AUTOCAST[config.precision]
-    autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+    pad_id, precision = model.config.pad_id, autocast(device, config.precision)
     # Enabled for fp16 alone: small gradients would vanish there. Otherwise it does nothing.
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     sampler, accumulate = train_loader.batch_sampler, config.accumulate
@@ -462,7 +476,7 @@ def train_raw(
                 seed_step(config.seed, progress.step)
                 optimizer.zero_grad(set_to_none=True)
             batch = [ids.to(device, non_blocking=True) for ids in batch]
-            with autocast:
+            with precision:
                 loss_sum, _ = batch_loss(model, batch, pad_id, config.label_smoothing)
             loss = step_share(loss_sum, sampler, index, accumulate)
             scaler.scale(loss / accumulate).backward()
@@ -478,17 +492,17 @@ def train_raw(
                 bar.set_postfix(train_loss=f"{loss:.3f}")
             if progress.stop:
                 return
-        progress.end_epoch(validate(model, validation_loader, autocast))
+        progress.end_epoch(validate(model, validation_loader, precision))
 
 
 @torch.no_grad()
-def validate(model: nn.Module, loader, autocast) -> float:
+def validate(model: nn.Module, loader, precision) -> float:
     """Loss in nats per token over a loader, without dropout or smoothing."""
     device, pad_id = next(model.parameters()).device, model.config.pad_id
     model.eval()
     loss_sum, tokens = 0.0, 0
     for batch in loader:
-        with autocast:
+        with precision:
             loss, count = batch_loss(model, [ids.to(device) for ids in batch], pad_id)
         loss_sum, tokens = loss_sum + loss.double(), tokens + count
     model.train()
@@ -722,8 +736,10 @@ def snapshot(module: nn.Module) -> Callable[[], None]:
 
 
 def small_converter(modlee) -> object:
-    """Modlee's model-to-code converter without its two expensive habits and its leftovers."""
+    """Modlee's model-to-code converter without its expensive habits and its leftovers."""
     import tempfile
+
+    import networkx
 
     class SmallConverter(modlee.converter.Converter):
         def torch_model2onnx_graph(self, torch_model, input_dummy=None, **kwargs):
@@ -735,6 +751,10 @@ def small_converter(modlee) -> object:
                 )
 
         torch2onnx = torch_model2onnx_graph
+
+        def onnx_graph2onnx_nx(self, onnx_graph, prune=True):
+            # It would draw the graph with pydot, a sixth of the time, for nobody.
+            return networkx.DiGraph()
 
         def tensor2init_code(self, input_tensor, tensor_type=None):
             # It would build set(tensor.tolist()) of every weight: minutes for a model of 60 M.
@@ -1016,7 +1036,7 @@ def draw_losses(path: Path, progress: Progress) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     for points, label, style in (
-        (progress.train, "training", {"color": "tab:blue", "alpha": 0.8}),
+        (progress.train, "training", {"color": "tab:blue", "marker": "."}),
         (progress.validation, "validation", {"color": "tab:orange", "marker": "o"}),
     ):
         if points:
@@ -1226,6 +1246,7 @@ def train(config: TrainConfig) -> int:
             model = adapter.model.to(device)
         wall_seconds = time.perf_counter() - started
 
+    progress.flush()
     done = progress.validation[-1] if progress.validation else (0, math.nan)
     epochs = progress.step / math.ceil(len(loaders[0]) / config.accumulate)
     real_tokens = int(sum(lengths.sum() for lengths in prepared.train.lengths) * epochs)
@@ -1302,7 +1323,13 @@ def start_modlee(config: TrainConfig, prepared: "data.Data") -> ModleeRecord | N
         say("modlee", "off (--no-modlee)")
         return None
     started = time.perf_counter()
-    modlee = import_modlee()
+    try:
+        modlee = import_modlee()
+    except ImportError as error:
+        raise InputError(
+            f"Modlee is installed but cannot be imported ({error}); reinstall "
+            "requirements.txt, or train with --no-modlee"
+        ) from None
     seconds = time.perf_counter() - started
     if modlee is None:
         if config.push:
