@@ -252,7 +252,6 @@ def read_pairs(
     subset: str | None = None,
     split: str = "train",
     languages: tuple[str, str] = ("en", "ro"),
-    seed: int = 0,
 ) -> Iterator[TextBatch]:
     """Normalised sentence pairs, in batches of `BATCH_ROWS`.
 
@@ -262,7 +261,6 @@ def read_pairs(
             .parquet; or exactly two files of any other name, line-aligned, source first.
         subset, split: of a hub data set.
         languages: codes of source and target; they name the columns.
-        seed: of the phrasebook.
 
     Raises InputError, for text files with file and line.
     """
@@ -272,7 +270,7 @@ def read_pairs(
     readers |= {".jsonl": _json_rows, ".json": _json_rows}
     unknown = [path for path in paths if path.suffix not in readers]
     if names == [PHRASEBOOK]:
-        rows = phrasebook(seed=seed)
+        rows = phrasebook()
     elif not unknown:
         rows = (row for path in paths for row in readers[path.suffix](path, languages))
     elif len(unknown) == len(paths) == 2:
@@ -633,16 +631,15 @@ def pad_batch(
 
 def make_loader(
     dataset: Dataset,
-    lengths: tuple[np.ndarray, np.ndarray],
     batch_size: int,
     pad_id: int = 0,
     seed: int = 0,
     shuffle: bool = True,
 ) -> DataLoader:
-    """Batches (input_ids [B, S], labels [B, T]) of a data set of (source, target) id tensors."""
+    """Batches (input_ids [B, S], labels [B, T]) of (source, target) rows with `.lengths`."""
     return DataLoader(
         dataset,
-        batch_sampler=BucketBatchSampler(*lengths, batch_size, seed, shuffle),
+        batch_sampler=BucketBatchSampler(*dataset.lengths, batch_size, seed, shuffle),
         collate_fn=partial(pad_batch, pad_id=pad_id),
     )
 
@@ -778,22 +775,25 @@ def create_dataloaders(
     (input_ids [B, S], labels [B, T]), trimmed to its longest row; an item of `.dataset` keeps its
     full width, which is what Modlee's callbacks read.
     """
-    pairs = torch.cat([input_ids, decoder_input_ids], dim=1).unique(
-        dim=0
-    )  # [N', S + T]
-    sources, targets = pairs.split(
-        [input_ids.size(1), decoder_input_ids.size(1)], dim=1
-    )
+    widths = [input_ids.size(1), decoder_input_ids.size(1)]
+    pairs = torch.cat([input_ids, decoder_input_ids], dim=1)  # [N, S + T]
+    sources, targets = pairs.unique(dim=0).split(widths, dim=1)
     _, groups = sources.unique(dim=0, return_inverse=True)
-    loaders = []
-    for rows in grouped_split(groups.numpy(), test_size, seed):
-        dataset = TensorDataset(sources[rows], targets[rows])
-        lengths = [
-            ids[rows].ne(pad_id).sum(dim=1).numpy() for ids in (sources, targets)
-        ]
-        shuffle = not loaders  # training comes first
-        loaders.append(make_loader(dataset, lengths, batch_size, pad_id, seed, shuffle))
-    return loaders[0], loaders[1]
+    rows, held_out = grouped_split(groups.numpy(), test_size, seed)
+    train = PaddedPairs(sources[rows], targets[rows], pad_id)
+    validation = PaddedPairs(sources[held_out], targets[held_out], pad_id)
+    return (
+        make_loader(train, batch_size, pad_id, seed),
+        make_loader(validation, batch_size, pad_id, seed, shuffle=False),
+    )
+
+
+class PaddedPairs(TensorDataset):
+    """Pairs as rows of padded matrices [N, S] and [N, T]; the other side of `PairDataset`."""
+
+    def __init__(self, sources: Tensor, targets: Tensor, pad_id: int):
+        super().__init__(sources, targets)
+        self.lengths = tuple(ids.ne(pad_id).sum(dim=1).numpy() for ids in self.tensors)
 
 
 # ---- the built-in corpus ----------------------------------------------------------------------

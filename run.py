@@ -53,12 +53,8 @@ class TrainConfig:
     source_lang: str = option("en", "language (and column) of the source")
     target_lang: str = option("ro", "language (and column) of the target")
     num_samples: int | None = option(None, "usable pairs to take; default: all")
-    validation_size: float = option(
-        0.02, "pairs held out: a share below 1, or their number"
-    )
-    tokenizer: str = option(
-        "train:800", "hub name, folder, or train:N for a vocabulary of its own"
-    )
+    validation_size: float = option(0.02, "pairs held out: a share, or their number")
+    tokenizer: str = option("train:800", "hub name, folder, or train:N to learn one")
     max_length: int = option(64, "tokens per sentence; longer pairs are dropped")
 
     d_model: int = option(128, "model width")
@@ -67,12 +63,8 @@ class TrainConfig:
     num_decoder_layers: int = option(2, "decoder layers")
     dim_feedforward: int = option(512, "width of the feed-forward layers")
     dropout: float = option(0.1, "dropout rate")
-    positional: str = option(
-        "sinusoidal", "positions: sinusoidal, learned, rotary or none"
-    )
-    norm_first: bool = option(
-        True, "pre-LN; --no-norm-first is the post-LN of the paper"
-    )
+    positional: str = option("sinusoidal", "sinusoidal, learned, rotary or none")
+    norm_first: bool = option(True, "pre-LN; --no-norm-first: post-LN, as the paper")
     tie_embeddings: bool = option(True, "one matrix for source, target and output")
 
     loop: str = option(
@@ -1081,6 +1073,15 @@ def translate_lines(
             yield from results
 
 
+def translate_all(
+    model, tokenizer, lines: list[str], languages, batch_size: int
+) -> list[str]:
+    """`translate_lines` of a list, as a list."""
+    return list(
+        translate_lines(model, tokenizer, lines, languages, batch_size, len(lines))
+    )
+
+
 def score(hypotheses: list[str], references: list[str]) -> dict:
     """sacreBLEU's BLEU and chrF (Post 2018) with their signatures; both sides normalised alike."""
     from sacrebleu.metrics import BLEU, CHRF
@@ -1123,24 +1124,22 @@ def say(topic: str, text: str) -> None:
 
 def train(config: TrainConfig) -> int:
     """Prepare data, train, save, evaluate. Returns the exit code."""
-    default_name = f"runs/{datetime.now():%Y%m%d-%H%M%S}-{config.preset}"
-    output = Path(config.output or default_name).expanduser()
+    # First all that can be refused at once, before data is read for minutes.
+    now = datetime.now()
+    output = Path(
+        config.output or f"runs/{now:%Y%m%d-%H%M%S}-{config.preset}"
+    ).expanduser()
     check_output(output)
     device = choose_device(config.device)
     config = dataclasses.replace(
         config, precision=choose_precision(config.precision, device)
     )
-    if config.push and not os.environ.get("MODLEE_API_KEY"):
-        raise InputError(
-            "--push needs your key in the environment variable MODLEE_API_KEY"
-        )
+    check_push(config)
+    model_config = choose_model(config)
 
     languages = (config.source_lang, config.target_lang)
-    pairs = data.read_pairs(
-        config.dataset, config.subset, config.split, languages, config.seed
-    )
     prepared = data.prepare(
-        pairs,
+        data.read_pairs(config.dataset, config.subset, config.split, languages),
         config.tokenizer,
         config.max_length,
         config.validation_size,
@@ -1148,82 +1147,30 @@ def train(config: TrainConfig) -> int:
         config.seed,
     )
     tokenizer = prepared.tokenizer
-    progress = Progress()
-    try:
-        model_config = Seq2SeqConfig(
-            vocab_size=len(tokenizer),
-            pad_id=tokenizer.pad_token_id,
-            eos_id=tokenizer.eos_token_id,
-            **{
-                name: getattr(config, name)
-                for name in Seq2SeqConfig.__dataclass_fields__
-                if name in TrainConfig.__dataclass_fields__
-            },
-        )
-        torch.manual_seed(config.seed)
-        model = TransformerSeq2SeqModel(**dataclasses.asdict(model_config)).to(device)
-    except ValueError as error:
-        raise InputError(str(error)) from None
+    model_config = dataclasses.replace(
+        model_config,
+        vocab_size=len(tokenizer),
+        pad_id=tokenizer.pad_token_id,
+        eos_id=tokenizer.eos_token_id,
+    )
+    torch.manual_seed(config.seed)
+    model = TransformerSeq2SeqModel(**dataclasses.asdict(model_config)).to(device)
     loaders = [
         data.make_loader(
-            part,
-            part.lengths,
-            config.batch_size,
-            model_config.pad_id,
-            config.seed,
-            shuffle,
+            part, config.batch_size, model_config.pad_id, config.seed, shuffle
         )
         for part, shuffle in ((prepared.train, True), (prepared.validation, False))
     ]
-    sampler = loaders[0].batch_sampler
-    padding_share = sampler.padding_share()
-    unk = {
-        name: dict(zip(("source", "target"), part.rows_with(tokenizer.unk_token_id)))
-        for name, part in (
-            ("train", prepared.train),
-            ("validation", prepared.validation),
-        )
-    }
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    metrics = describe_run(config, prepared, model, loaders[0], device)
 
-    invented = (
-        " (built in and invented: no benchmark)"
-        if config.dataset == ("phrasebook",)
-        else ""
-    )
-    where = "/".join(filter(None, (" ".join(config.dataset), config.subset)))
-    split = f" {config.split}" if config.subset else ""
-    say("data", f"{where}{split}{invented}, {languages[0]} -> {languages[1]}")
-    counts = f"{len(prepared.train):,} training and {len(prepared.validation):,} validation pairs"
-    say("", f"{counts}{data.describe_dropped(prepared.dropped)}")
-    rates = ", ".join(
-        f"{unk['train'][side]:.1%} of {side}" for side in ("source", "target")
-    )
-    say(
-        "tokenizer",
-        f"{config.tokenizer}, {len(tokenizer):,} tokens; <unk> in {rates} lines",
-    )
-    say("model", f"{parameters / 1e6:.1f} M parameters, {config.positional} positions")
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}"
-    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    say("device", f"{name}{threads}, {config.precision}")
-    say(
-        "loop",
-        f"{config.loop}, {config.max_epochs} epochs of {len(loaders[0])} batches",
-    )
-
+    progress, record = Progress(), None
     with progress.interruptible():
-        record = None
-        started = time.perf_counter()
         if config.loop == "raw":
             say("modlee", "off: the raw loop does without")
             train_raw(model, *loaders, config, progress)
         else:
             record = start_modlee(config, prepared)
-            if record:
-                base = modlee_base()
-            else:
-                base = import_lightning().LightningModule
+            base = modlee_base() if record else import_lightning().LightningModule
             adapter = adapter_class(base)(dataclasses.asdict(model_config), model)
             adapter.attach(config, progress)
 
@@ -1231,40 +1178,11 @@ def train(config: TrainConfig) -> int:
                 train_lightning(adapter, *loaders, config, device)
 
             record.fit(adapter, fit) if record else fit()
-            model = adapter.model.to(device)
-        wall_seconds = time.perf_counter() - started
-
+            model.to(
+                device
+            )  # where Lightning found it, which takes it to the CPU at the end
     progress.flush()
-    done = progress.validation[-1] if progress.validation else (0, math.nan)
-    epochs = progress.step / math.ceil(len(loaders[0]) / config.accumulate)
-    real_tokens = int(sum(lengths.sum() for lengths in prepared.train.lengths) * epochs)
-    metrics = {
-        "dataset": list(config.dataset),
-        "tokenizer": config.tokenizer,
-        "pairs": {"train": len(prepared.train), "validation": len(prepared.validation)},
-        "dropped": prepared.dropped,
-        "unk_rates": unk,
-        "parameters": parameters,
-        "device": name,
-        "precision": config.precision,
-        "loop": config.loop,
-        "modlee": record is not None,
-        "run_path": record and record.run_path,
-        "artifacts": record.artifacts if record else [],
-        "modlee_seconds": record and round(record.seconds, 2),
-        "steps": progress.step,
-        "interrupted": progress.stop,
-        "train_seconds": round(progress.seconds, 2),
-        "wall_seconds": round(wall_seconds, 2),
-        "tokens_per_second": round(real_tokens / max(progress.seconds, 1e-9), 1),
-        "padding_share": round(padding_share, 4),
-        "train_loss": finite(progress.epoch_loss),
-        "val_loss": finite(done[1]),
-        "bleu": None,
-        "chrf": None,
-        "signature": None,
-        "versions": versions(),
-    }
+    metrics |= describe_training(progress, record, prepared, len(loaders[0]), config)
     # Saved before it is scored: an interrupted evaluation loses no training.
     save_model(output, model, tokenizer, config, metrics)
     draw_losses(output / "loss.png", progress)
@@ -1272,37 +1190,131 @@ def train(config: TrainConfig) -> int:
         say("stopped", f"after step {progress.step}; its state is in {output}")
         return progress.exit_code
 
-    say("trained", f"{progress.step} steps in {progress.seconds:.0f} s, "
-        f"{metrics['tokens_per_second']:,.0f} real tokens/s, {padding_share:.1%} padding")  # fmt: skip
+    say(
+        "trained",
+        f"{progress.step} steps in {progress.seconds:.0f} s, "
+        f"{metrics['tokens_per_second']:,.0f} real tokens/s, "
+        f"{metrics['padding_share']:.1%} padding",
+    )
     say(
         "loss",
-        f"training {progress.epoch_loss:.4f}, validation {done[1]:.4f} nats per token",
+        f"training {metrics['train_loss']:.4f}, validation {metrics['val_loss']:.4f}",
     )
     text = prepared.validation_text
     sources, references = list(text["source"]), list(text["target"])
-    hypotheses = list(
-        translate_lines(
-            model.eval(), tokenizer, sources, languages, config.batch_size, len(sources)
-        )
+    hypotheses = translate_all(
+        model.eval(), tokenizer, sources, languages, config.batch_size
     )
     metrics |= score(hypotheses, references)
     write_json(output / "metrics.json", metrics)
-    say("BLEU", f"{metrics['bleu']:.2f}  {metrics['signature']}")
-    say("chrF", f"{metrics['chrf']:.2f}  {metrics['chrf_signature']}")
-    for row in range(min(SHOWN, len(sources))):
-        print(f"\n  source       {sources[row]}")
-        print(f"  translation  {hypotheses[row]}")
-        print(f"  reference    {references[row]}")
+    say_score(metrics)
+    for triple in list(zip(sources, hypotheses, references))[:SHOWN]:
+        print(
+            "\n  source       {}\n  translation  {}\n  reference    {}".format(*triple)
+        )
     print()
     if record:
         say("modlee", f"took {record.seconds:.1f} s and recorded {record.run_path}")
         say("artifacts", ", ".join(record.artifacts))
-    say("model", f"{output}")
-    print(
-        f"\nnext:  echo 'The teacher sees you.' | python run.py translate --model {output}"
-    )
+    say("saved", f"{output}")
+    print(f"\nnext:  python run.py translate --model {output} 'The teacher sees you.'")
     print(f"       python run.py evaluate --model {output} --dataset pairs.tsv")
     return 0
+
+
+def check_push(config: TrainConfig) -> None:
+    if not config.push:
+        return
+    if not os.environ.get("MODLEE_API_KEY"):
+        raise InputError(
+            "--push needs your key in the environment variable MODLEE_API_KEY"
+        )
+    if config.loop == "raw" or not config.modlee:
+        raise InputError(
+            "--push uploads what Modlee records: not with --loop raw or --no-modlee"
+        )
+
+
+def choose_model(config: TrainConfig) -> Seq2SeqConfig:
+    """The model the flags ask for; the tokenizer's sizes are still to be filled in."""
+    names = {entry.name for entry in dataclasses.fields(Seq2SeqConfig)}
+    given = {name: value for name, value in vars(config).items() if name in names}
+    try:
+        return Seq2SeqConfig(vocab_size=2, **given)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+def describe_run(
+    config, prepared: data.Data, model: nn.Module, train_loader, device
+) -> dict:
+    """Say what is about to run, and return the same as the first half of metrics.json."""
+    train_part, validation_part = prepared.train, prepared.validation
+    unk_id = prepared.tokenizer.unk_token_id
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
+    metrics = {
+        "dataset": list(config.dataset),
+        "tokenizer": config.tokenizer,
+        "pairs": {"train": len(train_part), "validation": len(validation_part)},
+        "dropped": prepared.dropped,
+        "unk_rate_source": train_part.rows_with(unk_id)[0],
+        "unk_rate_target": train_part.rows_with(unk_id)[1],
+        "parameters": parameters,
+        "device": name,
+        "precision": config.precision,
+        "loop": config.loop,
+        "padding_share": round(train_loader.batch_sampler.padding_share(), 4),
+        "versions": versions(),
+    }
+    subset = f"/{config.subset} {config.split}" if config.subset else ""
+    invented = (
+        " (built in and invented: no benchmark)"
+        if config.dataset == (data.PHRASEBOOK,)
+        else ""
+    )
+    languages = f"{config.source_lang} -> {config.target_lang}"
+    say("data", f"{' '.join(config.dataset)}{subset}{invented}, {languages}")
+    counts = (
+        f"{len(train_part):,} training and {len(validation_part):,} validation pairs"
+    )
+    say("", f"{counts}{data.describe_dropped(prepared.dropped)}")
+    say(
+        "tokenizer",
+        f"{config.tokenizer}, {len(prepared.tokenizer):,} tokens; {say_unk(metrics)}",
+    )
+    say("model", f"{parameters / 1e6:.1f} M parameters, {config.positional} positions")
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    say("device", f"{name}{threads}, {config.precision}")
+    say(
+        "loop",
+        f"{config.loop}, {config.max_epochs} epochs of {len(train_loader)} batches",
+    )
+    return metrics
+
+
+def describe_training(
+    progress: Progress, record, prepared: data.Data, batches: int, config: TrainConfig
+) -> dict:
+    """The second half of metrics.json; scores are filled in when there are any."""
+    epochs = progress.step / math.ceil(batches / config.accumulate)
+    real_tokens = epochs * sum(int(lengths.sum()) for lengths in prepared.train.lengths)
+    validation_loss = progress.validation[-1][1] if progress.validation else math.nan
+    return {
+        "modlee": record is not None,
+        "run_path": record and record.run_path,
+        "artifacts": record.artifacts if record else [],
+        "modlee_seconds": record and round(record.seconds, 2),
+        "steps": progress.step,
+        "interrupted": progress.stop,
+        "train_seconds": round(progress.seconds, 2),
+        "tokens_per_second": round(real_tokens / max(progress.seconds, 1e-9), 1),
+        "train_loss": finite(progress.epoch_loss),
+        "val_loss": finite(validation_loss),
+        "bleu": None,
+        "chrf": None,
+        "signature": None,
+    }
 
 
 def start_modlee(config: TrainConfig, prepared: "data.Data") -> ModleeRecord | None:
@@ -1365,50 +1377,51 @@ def translate(config: TranslateConfig) -> int:
 def evaluate(config: EvaluateConfig) -> int:
     from itertools import islice
 
+    report = Path(config.json).expanduser() if config.json else None
+    if report and not report.absolute().parent.is_dir():
+        raise InputError(f"--json {report}: there is no such folder")
     model, tokenizer, languages = load_model(config.model, choose_device(config.device))
-    if config.json:
-        check_folder = Path(config.json).expanduser().absolute().parent
-        if not check_folder.is_dir():
-            raise InputError(f"--json {config.json}: there is no folder {check_folder}")
     batches = data.read_pairs(config.dataset, config.subset, config.split, languages)
-    pairs = list(
-        islice((p for batch in batches for p in zip(*batch)), config.num_samples)
-    )
+    pairs = (pair for batch in batches for pair in zip(*batch))
+    pairs = list(islice(pairs, config.num_samples))
     if not pairs:
         raise InputError(f"no pairs in {' '.join(config.dataset)}")
     sources, references = map(list, zip(*pairs))
     started = time.perf_counter()
-    hypotheses = list(
-        translate_lines(
-            model, tokenizer, sources, languages, config.batch_size, len(sources)
-        )
-    )
+    hypotheses = translate_all(model, tokenizer, sources, languages, config.batch_size)
     seconds = time.perf_counter() - started
     result = {
         "model": config.model,
         "dataset": list(config.dataset),
-        "pairs": len(pairs),
+        "pairs": len(sources),
         **score(hypotheses, references),
         "unk_rate_source": unk_rate(sources, tokenizer),
         "unk_rate_target": unk_rate(references, tokenizer),
         "seconds": round(seconds, 2),
         "versions": versions(),
     }
-    if config.json:
-        write_json(Path(config.json).expanduser(), result)
-    say("pairs", f"{len(pairs):,}")
-    say("BLEU", f"{result['bleu']:.2f}  {result['signature']}")
-    say("chrF", f"{result['chrf']:.2f}  {result['chrf_signature']}")
-    say("<unk>", f"in {result['unk_rate_source']:.1%} of source lines, "
-        f"{result['unk_rate_target']:.1%} of reference lines")  # fmt: skip
-    say("seconds", f"{seconds:.1f}")
+    if report:
+        write_json(report, result)
+    say("pairs", f"{len(sources):,}, translated in {seconds:.1f} s")
+    say_score(result)
+    say("tokenizer", say_unk(result))
     return 0
 
 
 def unk_rate(texts: list[str], tokenizer) -> float:
     """Share of the lines that the tokenizer cannot write without `<unk>`."""
     ids = data.encode_texts(texts, tokenizer)
-    return round(sum(tokenizer.unk_token_id in row for row in ids) / len(ids), 4)
+    return sum(tokenizer.unk_token_id in row for row in ids) / len(ids)
+
+
+def say_unk(rates: dict) -> str:
+    source, target = rates["unk_rate_source"], rates["unk_rate_target"]
+    return f"<unk> in {source:.1%} of source and {target:.1%} of target lines"
+
+
+def say_score(result: dict) -> None:
+    say("BLEU", f"{result['bleu']:.2f}  {result['signature']}")
+    say("chrF", f"{result['chrf']:.2f}  {result['chrf_signature']}")
 
 
 def main(command: str, config) -> int:

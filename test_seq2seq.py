@@ -493,7 +493,7 @@ def test_batches_follow_from_seed_and_epoch(prepared):
 
 def test_buckets_hold_little_padding_and_batches_are_trimmed(prepared):
     train = prepared.train
-    loader = data.make_loader(train, train.lengths, 16)
+    loader = data.make_loader(train, 16)
     real = padded = 0
     for index, (sources, targets) in enumerate(loader):
         for ids in (sources, targets):
@@ -904,7 +904,7 @@ def fit(prepared, loop: str, modlee: bool = False, tmp_path=None, freeze=(), **c
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in freeze)
     loaders = [
-        data.make_loader(part, part.lengths, 64, 0, config.seed, shuffle)
+        data.make_loader(part, 64, 0, config.seed, shuffle)
         for part, shuffle in ((prepared.train, True), (prepared.validation, False))
     ]
     progress, record = run.Progress(), None
