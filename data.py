@@ -62,11 +62,15 @@ def normalize(text: str, language: str) -> str:
 # ---- reading ----------------------------------------------------------------------------------
 
 
-def read_lines(path: Path) -> Iterator[str]:
-    """Lines of a UTF-8 file without their ends. InputError names the file and the line."""
+def _require_file(path: Path) -> None:
     if not path.is_file():
         what = "is not a regular file" if path.exists() else "does not exist"
         raise InputError(f"{path} {what}")
+
+
+def read_lines(path: Path) -> Iterator[str]:
+    """Lines of a UTF-8 file without their ends. InputError names the file and the line."""
+    _require_file(path)
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
             try:
@@ -74,7 +78,7 @@ def read_lines(path: Path) -> Iterator[str]:
             except UnicodeDecodeError as error:
                 raise InputError(
                     f"{path}:{number}: not valid UTF-8 (byte {error.start + 1} of the line); "
-                    "convert the file, for example with iconv -t UTF-8"
+                    "convert (or unpack) the file first"
                 ) from None
             yield line.removesuffix("\n").removesuffix("\r")
 
@@ -88,9 +92,10 @@ def _pair_columns(
         if set(wanted) <= set(names):
             return wanted
     source, target = languages
+    found = ", ".join(map(str, names[:10])) + (", ..." if len(names) > 10 else "")
     raise InputError(
-        f"{where}: needs columns {source} and {target} (or source and target, or translation), "
-        f"found {', '.join(map(str, names)) or 'none'}; see --source-lang and --target-lang"
+        f"{where}: needs columns {source} and {target} (or source and target, or "
+        f"translation), found {found or 'none'}; see --source-lang and --target-lang"
     )
 
 
@@ -104,11 +109,22 @@ def _record_pair(
         raise InputError(
             f"{where}: expected an object with two texts, found {record!r:.40}"
         )
-    columns = _pair_columns(record, languages, where)
-    for column in columns:
-        if not isinstance(record[column], (str, type(None))):
-            raise InputError(f"{where}: {column} is no text but {record[column]!r:.40}")
-    return record[columns[0]] or "", record[columns[1]] or ""
+    texts = [record[name] for name in _pair_columns(record, languages, where)]
+    for text in texts:
+        if not isinstance(text, (str, type(None))):
+            raise InputError(f"{where}: expected text, found {text!r:.40}")
+        if text and not is_unicode(text):
+            raise InputError(f"{where}: half a surrogate pair, which is no text")
+    return texts[0] or "", texts[1] or ""
+
+
+def is_unicode(text: str) -> bool:
+    """False for lone surrogates, which JSON can spell and no encoding can write."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _tsv_rows(path: Path, languages: tuple[str, str]) -> Iterator[tuple[str, str]]:
@@ -155,9 +171,13 @@ def _json_rows(path: Path, languages: tuple[str, str]) -> Iterator[tuple[str, st
             else:
                 records = [json.loads(line)]
         except json.JSONDecodeError as error:
-            raise InputError(
-                f"{path}:{number + error.lineno - 1}: {error.msg}"
-            ) from None
+            line = number + error.lineno - 1
+            raise InputError(f"{path}:{line}: no JSON ({error.msg})") from None
+        except (
+            ValueError,
+            RecursionError,
+        ):  # numbers of 5,000 digits, brackets as many
+            raise InputError(f"{path}:{number}: JSON beyond reason") from None
         for record in records:
             yield _record_pair(record, languages, f"{path}:{number}")
 
@@ -166,17 +186,15 @@ def _parquet_rows(path: Path, languages: tuple[str, str]) -> Iterator[tuple[str,
     import pyarrow
     import pyarrow.parquet
 
-    if not path.is_file():
-        raise InputError(f"{path} does not exist")
+    _require_file(path)
     try:
         table = pyarrow.parquet.ParquetFile(path)
         for batch in table.iter_batches(BATCH_ROWS):
             for record in batch.to_pylist():
                 yield _record_pair(record, languages, str(path))
-    except pyarrow.ArrowException as error:
-        raise InputError(
-            f"{path}: no readable parquet file ({str(error)[:80]})"
-        ) from None
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        reason = str(error)[:80]
+        raise InputError(f"{path}: no readable parquet file ({reason})") from None
 
 
 def _aligned_rows(source: Path, target: Path) -> Iterator[tuple[str, str]]:
@@ -339,6 +357,8 @@ def load_tokenizer(name: str):
     Ids are what the model sees, and pad also starts the decoder, so pad and eos must exist and
     differ. A missing one is added (GPT-2 has no pad, BERT no eos).
     """
+    import warnings
+
     folder = Path(name).expanduser()
     if folder.is_dir():
         name = str(folder)
@@ -348,13 +368,13 @@ def load_tokenizer(name: str):
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=not online)
+        with warnings.catch_warnings():  # 4.41 warns of what the newest hub deprecates
+            warnings.simplefilter("ignore", FutureWarning)
+            tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=not online)
     except Exception as error:  # noqa: BLE001 - of many kinds, others in every version
-        reason = (
-            " ".join(str(error).split())[:200]
-            if online
-            else "not cached, and the hub is away"
-        )
+        reason = "it is not cached here and the hub cannot be reached"
+        if online:
+            reason = " ".join(str(error).split())[:120]
         raise InputError(
             f"cannot load tokenizer {name}: {reason}; give another name, the folder of a "
             "tokenizer, or train one: --tokenizer train:8000"
@@ -363,10 +383,19 @@ def load_tokenizer(name: str):
         tokenizer.add_special_tokens({"eos_token": "</s>"})
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
-    tokenizer.model_max_length = int(
-        1e30
-    )  # a limit of the model it came with, not of ours
+    # Otherwise the limit of the model it came with, which is not ours.
+    tokenizer.model_max_length = int(1e30)
     return tokenizer
+
+
+def save_tokenizer(tokenizer, folder: Path) -> None:
+    """Write the tokenizer's files such that transformers 4 and 5 both load them."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    text = path.read_text(encoding="utf-8")
+    # Version 5 renamed the class, and reads the old name; version 4 knows no other.
+    text = text.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"')
+    path.write_text(text, encoding="utf-8")
 
 
 def train_tokenizer(texts: Iterable[list[str]], vocab_size: int):
@@ -385,9 +414,9 @@ def train_tokenizer(texts: Iterable[list[str]], vocab_size: int):
     )
     from transformers import PreTrainedTokenizerFast
 
-    if vocab_size < 300:
+    if not 300 <= vocab_size <= 1_000_000:
         raise InputError(
-            f"a byte-level vocabulary needs 300 tokens at least, not {vocab_size}"
+            f"a vocabulary has 300 to 1,000,000 tokens, not {vocab_size:,}"
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -500,9 +529,10 @@ def grouped_split(
     splitter = GroupShuffleSplit(n_splits=1, test_size=test_size, random_state=seed)
     try:
         train_rows, test_rows = next(splitter.split(groups, groups=groups))
-    except ValueError as error:
+    except ValueError:
         raise InputError(
-            f"cannot hold out {test_size} of {len(groups)} pairs: {error}"
+            f"cannot hold out {test_size} of {len(set(groups.tolist()))} source sentences; "
+            "give more pairs or another --validation-size"
         ) from None
     return train_rows, test_rows
 
