@@ -1,7 +1,8 @@
 """Pairs of sentences: where they come from, cleaning, tokenizer, split, batches.
 
-Data flows down the page. Text is read in batches of rows and kept in Arrow tables of the `datasets`
-library, token ids in flat arrays: nothing here holds a corpus in Python lists, and nothing pads it.
+Data flows down the page. Text is read in batches of rows and kept in Arrow tables of the
+`datasets` library, token ids in flat arrays: no corpus in Python lists, no padded matrix of
+one (but for the tutorial's call, whose result is that).
 
     read_pairs     a hub data set, .tsv .csv .jsonl .json .parquet files, two line-aligned text
                    files, or the built-in phrasebook    -> batches (sources, targets)
@@ -178,8 +179,9 @@ def _json_rows(path: Path, languages: tuple[str, str]) -> Iterator[tuple[str, st
             RecursionError,
         ):  # numbers of 5,000 digits, brackets as many
             raise InputError(f"{path}:{number}: JSON beyond reason") from None
-        for record in records:
-            yield _record_pair(record, languages, f"{path}:{number}")
+        for index, record in enumerate(records, 1):
+            entry = f", entry {index}" if len(records) > 1 else ""
+            yield _record_pair(record, languages, f"{path}:{number}{entry}")
 
 
 def _parquet_rows(path: Path, languages: tuple[str, str]) -> Iterator[tuple[str, str]]:
@@ -188,10 +190,10 @@ def _parquet_rows(path: Path, languages: tuple[str, str]) -> Iterator[tuple[str,
 
     _require_file(path)
     try:
-        table = pyarrow.parquet.ParquetFile(path)
-        for batch in table.iter_batches(BATCH_ROWS):
-            for record in batch.to_pylist():
-                yield _record_pair(record, languages, str(path))
+        with pyarrow.parquet.ParquetFile(path) as table:
+            for batch in table.iter_batches(BATCH_ROWS):
+                for record in batch.to_pylist():
+                    yield _record_pair(record, languages, str(path))
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         reason = str(error)[:80]
         raise InputError(f"{path}: no readable parquet file ({reason})") from None
@@ -221,9 +223,8 @@ def hub_reachable(seconds: float = 5.0) -> bool:
 
     def ask() -> None:
         try:
-            urllib.request.urlopen(
-                urllib.request.Request(endpoint, method="HEAD"), timeout=seconds
-            )
+            request = urllib.request.Request(endpoint, method="HEAD")
+            urllib.request.urlopen(request, timeout=seconds).close()
         except urllib.error.HTTPError:
             pass  # an answer, if not a friendly one
         except OSError as error:
@@ -385,6 +386,14 @@ def load_tokenizer(name: str):
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
     # Otherwise the limit of the model it came with, which is not ours.
     tokenizer.model_max_length = int(1e30)
+    return _plain_text(tokenizer)
+
+
+def _plain_text(tokenizer):
+    """The tokenizer, told that "</s>" in a text is five characters and no end."""
+    tokenizer.split_special_tokens = True  # where transformers 5 looks
+    if tokenizer.is_fast:
+        tokenizer.backend_tokenizer.encode_special_tokens = True  # and 4
     return tokenizer
 
 
@@ -431,12 +440,13 @@ def train_tokenizer(texts: Iterable[list[str]], vocab_size: int):
     tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", tokenizer.token_to_id("</s>"))]
     )
-    return PreTrainedTokenizerFast(
+    fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         eos_token="</s>",
         unk_token="<unk>",
     )
+    return _plain_text(fast)
 
 
 def encode_texts(texts: list[str], tokenizer) -> list[list[int]]:
@@ -645,18 +655,19 @@ class BucketBatchSampler(Sampler[list[int]]):
         return len(self.batches)
 
 
+def pad_side(rows: Iterable[Tensor], pad_id: int = 0) -> Tensor:
+    """Id rows [T_i] -> [B, T] int64, padded on the right up to the longest row."""
+    ids = pad_sequence(list(rows), batch_first=True, padding_value=pad_id)
+    used = ids.ne(pad_id).any(dim=0).nonzero()  # columns that hold a token, [K, 1]
+    return ids[:, : int(used.max()) + 1]
+
+
 def pad_batch(
     rows: list[tuple[Tensor, Tensor]], pad_id: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Rows (source [S_i], target [T_i]) -> (input_ids [B, S], labels [B, T]) int64.
-
-    Padded on the right, and only up to the longest row.
-    """
-    sides = []
-    for side in zip(*rows):
-        ids = pad_sequence(side, batch_first=True, padding_value=pad_id)
-        sides.append(ids[:, : int(ids.ne(pad_id).sum(dim=1).max())])
-    return sides[0], sides[1]
+    """Rows (source [S_i], target [T_i]) -> (input_ids [B, S], labels [B, T]) int64."""
+    sources, targets = zip(*rows)
+    return pad_side(sources, pad_id), pad_side(targets, pad_id)
 
 
 def make_loader(
@@ -879,12 +890,12 @@ bridge bridges n p on,under,near pod podul poduri podurile
 # English; the kinds it describes; Romanian masculine, feminine, and both plurals (neuter nouns are
 # masculine in the singular and feminine in the plural).
 _ADJECTIVES = """
-big hatp mare mare mari mari
-small hatp mic mică mici mici
+big atp mare mare mari mari
+small atp mic mică mici mici
 beautiful hatp frumos frumoasă frumoși frumoase
 good hatp bun bună buni bune
-new htp nou nouă noi noi
-old ha bătrân bătrână bătrâni bătrâne
+new tp nou nouă noi noi
+old a bătrân bătrână bătrâni bătrâne
 old tp vechi veche vechi vechi
 tired ha obosit obosită obosiți obosite
 happy ha fericit fericită fericiți fericite
@@ -930,6 +941,7 @@ _ANIMALS_DO = ("sleep", "eat", "stay", "run", "see", "hear", "look_for", "find")
 _PERSONS = {"I": 0, "you": 1, "he": 2, "she": 2, "we": 3, "they": 4}
 _SUBJECTS = {"he": "el", "she": "ea", "they": "ei"}  # Romanian drops the others
 _OBJECTS = {"me": "mă", "you": "te", "him": "îl", "her": "o", "us": "ne", "them": "îi"}
+_REFLEXIVE = {"I": ("me", "us"), "we": ("me", "us"), "you": ("you",)}
 _SHORT = {"mă": "m-", "te": "te-", "îl": "l-", "ne": "ne-", "îi": "i-", "le": "le-"}
 _DATIVES = {  # subject of "to like": emphatic pronoun, long and short clitic
     "I": ("", "îmi", "mi-"),
@@ -961,7 +973,6 @@ _QUANTITIES = {
     "twenty-two": "douăzeci_și_doi_de douăzeci_și_două_de",
     "a hundred": "o_sută_de o_sută_de",
     "many": "mulți multe",
-    "some": "niște niște",
 }
 _PREPOSITIONS = {"in": "în", "on": "pe", "under": "sub", "near": "lângă", "at": "la"}
 _TIMES = {
@@ -969,7 +980,7 @@ _TIMES = {
     "past": (("yesterday", "ieri"), ("last week", "săptămâna trecută")),
     "future": (("tomorrow", "mâine"), ("next week", "săptămâna viitoare")),
 }
-_QUESTIONS = (("when", "când"), ("why", "de ce"), ("how", "cum"), ("", ""), ("", ""))
+_QUESTIONS = (("when", "când"), ("why", "de ce"), ("", ""), ("", ""))
 _WHO = {"en": "who", "ro": "cine", "person": 2, "kind": "h"}
 _LINKS = ((", but ", ", dar "), (" and ", " și "), (" because ", " pentru că "))
 _TO_BE = {
@@ -994,18 +1005,23 @@ class _Grammar:
     def chance(self, probability: float) -> bool:
         return self.random.random() < probability
 
+    def denial(self, subject: dict) -> bool:
+        """Whether the sentence is negated: seldom, and never "every X does not"."""
+        return self.chance(0.25) and not subject["en"].startswith("every")
+
     def noun_phrase(
         self, kinds: str, determiners: str, noun: list[str] | None = None
     ) -> dict:
-        """`determiners`: t the, a indefinite, p possessive, d demonstrative, q quantity, e every."""
+        """`determiners`: the, a(n), possessive, demonstrative, quantity, every, by initial."""
         noun = noun or self.pick(n for n in self.nouns if n[3] in kinds)
+        if noun[0] == "woman":  # "my woman" means something else
+            determiners = determiners.replace("p", "")
         kind = self.pick(determiners)
         plural = kind == "q" or (kind in "tpd" and self.chance(0.35))
         feminine = noun[2] == "f" or (noun[2] == "n" and plural)
 
-        def agree(
-            forms: list[str],
-        ) -> str:  # masculine, feminine, and the plurals of both
+        def agree(forms: list[str]) -> str:
+            """Of masculine, feminine, and the plurals of both."""
             return forms[2 * plural + feminine]
 
         indefinite, definite = noun[5 + 2 * plural], noun[6 + 2 * plural]
@@ -1035,11 +1051,8 @@ class _Grammar:
         else:
             quantity = self.pick(_QUANTITIES)
             en.insert(0, quantity)
-            ro = [
-                _QUANTITIES[quantity].split()[feminine].replace("_", " "),
-                indefinite,
-                *tail,
-            ]
+            number = _QUANTITIES[quantity].split()[feminine].replace("_", " ")
+            ro = [number, indefinite, *tail]
         return {
             "en": " ".join(en),
             "ro": " ".join(ro),
@@ -1082,14 +1095,12 @@ class _Grammar:
         verb = self.pick(
             v for v in self.verbs if subject["kind"] == "h" or v[0] in _ANIMALS_DO
         )
-        tense, negative = self.pick(_TIMES), self.chance(0.25)
+        tense, negative = self.pick(_TIMES), self.denial(subject)
         en_object, ro_object, clitic = "", "", ""
         if verb[3] == "-":
             en_object, ro_object = self.place()
         elif "h" in verb[3] and self.chance(0.3):
-            own = {"I": "me us", "we": "us me", "you": "you"}.get(
-                subject["en"], ""
-            ).split()
+            own = _REFLEXIVE.get(subject["en"], ())
             en_object = self.pick(o for o in _OBJECTS if o not in own)
             clitic = _OBJECTS[en_object]
         else:
@@ -1101,7 +1112,10 @@ class _Grammar:
         en_time, ro_time = self.pick(_TIMES[tense]) if self.chance(0.25) else ("", "")
         en_rest, ro_rest = [en_object, en_time], [ro_object, ro_time]
         ro_verb = _romanian(verb[4:], subject["person"], tense, negative, clitic)
-        en_word, ro_word = self.pick(_QUESTIONS) if question else ("", "")
+        words = (
+            _QUESTIONS[1:] if negative or en_time else _QUESTIONS
+        )  # no "when ... not"
+        en_word, ro_word = self.pick(words) if question else ("", "")
         # A question word moves the subject behind the verb.
         order = [ro_verb, subject["ro"]] if ro_word else [subject["ro"], ro_verb]
         english = _english(subject, verb, tense, negative, question, en_rest)
@@ -1109,7 +1123,6 @@ class _Grammar:
 
     def state(self, question: bool) -> tuple[str, str]:
         """To be something, or somewhere."""
-        tense, negative = self.pick(_TIMES), self.chance(0.3)
         if self.chance(0.5):
             subject = self.subject("hatp", ("he", "she", "they"))
             said = subject["en"].split()
@@ -1119,6 +1132,7 @@ class _Grammar:
         else:
             subject = self.subject("hat")
             en_what, ro_what = self.place()
+        tense, negative = self.pick(_TIMES), self.denial(subject)
         en_forms, ro_forms = (forms.split() for forms in _TO_BE[tense])
         en_verb, ro_verb = en_forms[subject["person"]], ro_forms[subject["person"]]
         future = tense == "future"

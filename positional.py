@@ -9,8 +9,8 @@ a key/value cache hand in one token at a time:
     embed(x, offset)    added to token embeddings     x [B, T, D]     -> [B, T, D]
     rotate(x, offset)   applied to queries and keys   x [B, H, T, Dh] -> [B, H, T, Dh]
 
-`POSITIONAL_KINDS` maps the name of a kind to its class. Tables are buffers, never Parameters: they
-are functions of their shape, must not be trained, and grow when a longer sequence comes along.
+`POSITIONAL_KINDS` maps the name of a kind to its class. Computed tables are buffers, never
+Parameters: they follow from their shape, must not be trained, and grow with longer sequences.
 """
 
 import torch
@@ -23,8 +23,8 @@ def sinusoidal_positional_encoding(max_length: int, d_model: int) -> Tensor:
         table[pos, 2i]     = sin(pos / 10000^(2i / d_model))
         table[pos, 2i + 1] = cos(pos / 10000^(2i / d_model))
 
-    An odd `d_model` ends on a sine. Computed in float64, since float32 angles are off by 1e-4 at
-    position 1,000.
+    An odd `d_model` ends on a sine. Computed in float64, since float32 angles lose digits at
+    late positions.
 
     Returns: [max_length, d_model] float32. Raises ValueError for a size below 1.
     """

@@ -36,6 +36,14 @@ def option(default=MISSING, help: str = "", **more):
     return field(default=default, metadata={"help": help, **more})
 
 
+def check_counts(config, *names: str) -> None:
+    """ValueError where one of the fields is below 1; None means no limit."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Train a translator, score it, and leave a model folder."""
@@ -52,8 +60,10 @@ class TrainConfig:
     split: str = option("train", "split of a hub data set, such as train[:80%%]")
     source_lang: str = option("en", "language (and column) of the source")
     target_lang: str = option("ro", "language (and column) of the target")
-    num_samples: int | None = option(None, "usable pairs to take; default: all")
-    validation_size: float = option(0.02, "pairs held out: a share, or their number")
+    num_samples: int | None = option(None, "pairs to take after cleaning; default: all")
+    validation_size: float = option(
+        0.02, "source sentences held out: a share, or how many"
+    )
     tokenizer: str = option("train:800", "hub name, folder, or train:N to learn one")
     max_length: int = option(64, "tokens per sentence; longer pairs are dropped")
 
@@ -99,10 +109,13 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         counts = "max_length max_epochs batch_size accumulate num_samples"
-        for name in counts.split():
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+        check_counts(self, *counts.split())
+        if self.output == "":
+            raise ValueError("--output needs a name")
+        if self.max_length > 65_536:
+            raise ValueError("--max-length must not be above 65536")
+        if self.validation_size >= 1 and self.validation_size % 1:
+            raise ValueError("--validation-size: a share below 1 or a whole number")
         for name in ("validation_size", "learning_rate", "clip_norm", "seed"):
             if not 0 <= getattr(self, name) < 2**32:  # NaN fails too
                 raise ValueError(f"--{name.replace('_', '-')} must be in [0, 2^32)")
@@ -148,6 +161,9 @@ class TranslateConfig:
     batch_size: int = option(64, "sentences decoded together")
     device: str = option("auto", "auto, cpu, cuda or mps")
 
+    def __post_init__(self) -> None:
+        check_counts(self, "batch_size")
+
 
 @dataclass(frozen=True)
 class EvaluateConfig:
@@ -161,6 +177,9 @@ class EvaluateConfig:
     json: str | None = option(None, "also write the figures to this file")
     batch_size: int = option(64, "sentences decoded together")
     device: str = option("auto", "auto, cpu, cuda or mps")
+
+    def __post_init__(self) -> None:
+        check_counts(self, "batch_size", "num_samples")
 
 
 CONFIGS = {
@@ -220,16 +239,22 @@ def parse_command_line(arguments: list[str]):
         is_flag = more.get("nargs") != "*"  # "*" marks what stands without a flag
         name = f"--{entry.name.replace('_', '-')}" if is_flag else entry.name
         parser.add_argument(name, **more)
-    given = vars(parser.parse_args(arguments[command in arguments[:1] :]))
+    rest = arguments[1:] if arguments[:1] == [command] else arguments
+    given = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in vars(parser.parse_args(rest)).items()
+    }
     try:
         return command, config_class(**(PRESETS[given.get("preset", "demo")] | given))
     except ValueError as error:
         parser.error(str(error))
 
 
-# `--help` and typing errors answer above this line, before torch takes its seconds to load.
+# `--help` and typing errors answer above this line, before torch takes its seconds to
+# load. In these seconds Ctrl-C must not raise, since some import would swallow it.
 if __name__ == "__main__":
     COMMAND, CONFIG = parse_command_line(sys.argv[1:])
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import torch
 from torch import Tensor, nn
@@ -376,6 +401,7 @@ class Progress:
         return self.flush() if self.step % LOG_EVERY == 0 else None
 
     def flush(self) -> float | None:
+        """Make a point of all batches since the last one; returns its loss."""
         if not self._pending:
             return None
         loss = torch.stack([loss for loss, _ in self._pending]).double().sum().item()
@@ -403,26 +429,33 @@ class Progress:
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Ctrl-C or SIGTERM ends training after the current step; before the first step, or a
-        second time, it ends the program."""
+        """Ctrl-C or SIGTERM ends training after the current step, and what else stands in
+        this context is done in peace. Before the first step it ends the program."""
 
         def handle(number: int, frame) -> None:
-            if self._signal or not self._started:
-                raise Interrupted(128 + number)
+            if not self._started:
+                raise_interrupted(number, frame)
+            if not self._signal:
+                print("\nstopping after this step ...", file=sys.stderr)
             self._signal = number
-            print("\nstopping after this step ...", file=sys.stderr)
 
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        previous = [signal.signal(number, handle) for number in numbers]
+        previous = [signal.signal(number, handle) for number in STOP_SIGNALS]
         try:
             yield
         finally:
-            for number, handler in zip(numbers, previous):
+            for number, handler in zip(STOP_SIGNALS, previous):
                 signal.signal(number, handler)
 
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
 class Interrupted(BaseException):
-    """A signal, with the exit code it asks for. No KeyboardInterrupt, which Lightning swallows."""
+    """A signal, with its exit code. No KeyboardInterrupt, which Lightning swallows."""
+
+
+def raise_interrupted(number: int, frame) -> typing.NoReturn:
+    raise Interrupted(128 + number)
 
 
 # ---- the raw loop -----------------------------------------------------------------------------
@@ -439,7 +472,8 @@ def train_raw(
     from tqdm import tqdm
 
     device = next(model.parameters()).device
-    pad_id, precision = model.config.pad_id, autocast(device, config.precision)
+    pad_id = model.config.pad_id
+    in_precision = autocast(device, config.precision)
     # Enabled for fp16 alone: small gradients would vanish there. Otherwise it does nothing.
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     sampler, accumulate = train_loader.batch_sampler, config.accumulate
@@ -456,7 +490,7 @@ def train_raw(
                 seed_step(config.seed, progress.step)
                 optimizer.zero_grad(set_to_none=True)
             batch = [ids.to(device, non_blocking=True) for ids in batch]
-            with precision:
+            with in_precision:
                 loss_sum, _ = batch_loss(model, batch, pad_id, config.label_smoothing)
             loss = step_share(loss_sum, sampler, index, accumulate)
             scaler.scale(loss / accumulate).backward()
@@ -468,24 +502,24 @@ def train_raw(
             scaler.step(optimizer)
             scaler.update()
             schedule.step()
-            if (loss := progress.end_step()) is not None:
-                bar.set_postfix(train_loss=f"{loss:.3f}")
+            if (mean := progress.end_step()) is not None:
+                bar.set_postfix(train_loss=f"{mean:.3f}")
             if progress.stop:
+                bar.close()
                 return
-        progress.end_epoch(validate(model, validation_loader, precision))
+        progress.end_epoch(validate(model, validation_loader, in_precision))
 
 
 @torch.no_grad()
-def validate(model: nn.Module, loader, precision) -> float:
+def validate(model: nn.Module, loader, in_precision) -> float:
     """Loss in nats per token over a loader, without dropout or smoothing."""
     device, pad_id = next(model.parameters()).device, model.config.pad_id
     model.eval()
     loss_sum, tokens = 0.0, 0
     for batch in loader:
-        with precision:
+        with in_precision:
             loss, count = batch_loss(model, [ids.to(device) for ids in batch], pad_id)
         loss_sum, tokens = loss_sum + loss.double(), tokens + count
-    model.train()
     return float(loss_sum / tokens)
 
 
@@ -563,6 +597,7 @@ def adapter_class(base: type) -> type:
                 self.log("train_loss", loss, prog_bar=True)
             if self.progress.stop:
                 self.trainer.should_stop = True
+                self.trainer.limit_val_batches = 0  # it would validate before it stops
 
         def validation_step(self, batch, batch_idx) -> None:
             self._validation.append(
@@ -574,8 +609,7 @@ def adapter_class(base: type) -> type:
             self._validation.clear()
             loss = float(torch.stack(losses).double().sum() / torch.stack(tokens).sum())
             self.log("val_loss", loss, prog_bar=True)
-            if not self.progress.stop:
-                self.progress.end_epoch(loss)
+            self.progress.end_epoch(loss)
 
     return TextToTextAdapter
 
@@ -612,6 +646,8 @@ def train_lightning(
     with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
         # Collating a few rows takes less than handing them over from a process.
         warnings.filterwarnings("ignore", ".*does not have many workers.*")
+        # Of the newest Lightning's own making.
+        warnings.filterwarnings("ignore", ".*LeafSpec.*")
         # The trainer's loop index is not the optimizer's: torch suspects the order.
         warnings.filterwarnings("ignore", ".*lr_scheduler.step.*optimizer.step.*")
         trainer.fit(adapter, train_loader, validation_loader)
@@ -789,7 +825,8 @@ class ModleeRecord:
         self.modlee.set_run_path(str(mlruns))
         # The constructor has asked for models and checkpoints to be stored once more.
         mlflow.pytorch.autolog(log_datasets=False, log_models=False, checkpoint=False)
-        callbacks = self.callbacks(adapter)
+        restore = contextlib.ExitStack()
+        callbacks = self.callbacks(adapter, restore)
         adapter.configure_callbacks = lambda: callbacks
         # Its calls of logging.info() add a handler that prints what all others log.
         root_handlers = logging.root.handlers[:]
@@ -798,6 +835,7 @@ class ModleeRecord:
                 fit()
                 self.run_path = self.modlee.last_run_path()
         finally:
+            restore.close()
             # It has patched Trainer.fit for the whole process.
             mlflow.pytorch.autolog(disable=True)
             logging.root.handlers[:] = root_handlers
@@ -807,10 +845,11 @@ class ModleeRecord:
         if self.config.push:
             self.push()
 
-    def callbacks(self, adapter) -> list:
+    def callbacks(self, adapter, restore: contextlib.ExitStack) -> list:
         """Modlee's own, behind one that notes the state they are going to change."""
         import io
         import warnings
+        from unittest.mock import patch
 
         import mlflow
         from lightning.pytorch.callbacks import Callback
@@ -821,28 +860,32 @@ class ModleeRecord:
         class Begin(Callback):
             def on_train_start(self, trainer, module):
                 print("\nModlee describes the run ...", file=sys.stderr)
-                started, restore = time.perf_counter(), snapshot(module)
-                quiet = contextlib.ExitStack()  # pymfe and the tracer warn by the dozen
+                started = time.perf_counter()
+                quiet = contextlib.ExitStack()
+                quiet.callback(snapshot(module))
+                # pymfe and the tracer warn by the dozen
                 quiet.enter_context(warnings.catch_warnings())
                 quiet.enter_context(contextlib.redirect_stdout(io.StringIO()))
                 warnings.simplefilter("ignore")
+                restore.push(quiet)  # also where a callback fails
                 mlflow.log_params(dataclasses.asdict(record.config))
 
                 def finish() -> None:
                     quiet.close()
-                    restore()
                     record.seconds += time.perf_counter() - started
 
                 module.after_callbacks = finish
 
-        # model.py names the modules of base classes and does not import them.
-        source_of = self.modlee.get_code_text_for_model
-        stock.get_code_text_for_model = lambda model, **more: (
-            "import positional, seq2seq\n" + source_of(model, **more)
-        )
+        def source(model, **more) -> str:
+            # It names the modules of base classes and does not import them.
+            text = self.modlee.get_code_text_for_model(model, **more)
+            return "import positional, seq2seq\n" + text
+
         converter = small_converter(self.modlee)
-        self.modlee.model_metafeatures.converter = converter
-        stock.modlee_converter = converter
+        features = self.modlee.model_metafeatures
+        restore.enter_context(patch.object(features, "converter", converter))
+        restore.enter_context(patch.object(stock, "modlee_converter", converter))
+        restore.enter_context(patch.object(stock, "get_code_text_for_model", source))
         adapter.data_metafeatures_callback.DataMetafeatures = self.metafeatures_class()
         dropped = (
             stock.LogOutputCallback,  # overwrites the module's own val_loss
@@ -937,21 +980,23 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def check_output(folder: Path) -> None:
-    """Raises InputError where a model folder cannot appear without something being lost."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(
-            f"{folder} exists already; give --output another name or remove it"
-        )
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot create {folder.parent}: {error.strerror}") from None
-    if not os.access(folder.parent, os.W_OK):
-        raise InputError(f"cannot write to {folder.parent}; give another --output")
+    """InputError where a model folder cannot appear without something being lost."""
+    folder = folder.resolve()  # what a link or ".." leads to
+    empty = folder.is_dir() and not any(folder.iterdir())
+    if folder == Path.cwd() or (folder.exists() and not empty):
+        raise InputError(f"{folder} exists already; give --output another name")
+    parent = next(parent for parent in folder.parents if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(f"cannot write to {parent}; give another --output")
 
 
 def save_model(
-    folder: Path, model: nn.Module, tokenizer, config: TrainConfig, metrics
+    folder: Path,
+    model: nn.Module,
+    tokenizer,
+    config: TrainConfig,
+    metrics: dict,
+    progress: Progress,
 ) -> None:
     """Write a model folder that appears under its name only when it is complete."""
     import shutil
@@ -959,9 +1004,10 @@ def save_model(
 
     from safetensors.torch import save_model as save_weights
 
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix="model.", dir=folder.parent))
     try:
-        tokenizer.save_pretrained(temporary)
+        data.save_tokenizer(tokenizer, temporary)
         save_weights(model, str(temporary / "model.safetensors"))
         content = {
             "format": 1,
@@ -972,12 +1018,18 @@ def save_model(
         }
         write_json(temporary / "config.json", content)
         write_json(temporary / "metrics.json", metrics)
+        draw_losses(temporary / "loss.png", progress)
         for path in temporary.iterdir():  # mkdtemp is private, a model need not be
             path.chmod(0o644)
         temporary.chmod(0o755)
-        os.replace(temporary, folder)
-    finally:
+    except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    try:
+        os.replace(temporary, folder.resolve())
+    except OSError as error:  # someone else has made the folder meanwhile
+        reason = f"cannot become {folder} ({error.strerror})"
+        raise InputError(f"the model is complete in {temporary} but {reason}") from None
 
 
 def load_model(folder: str, device: torch.device):
@@ -1060,10 +1112,11 @@ def translate_lines(
             results = [""] * len(window)
             for start in range(0, len(todo), batch_size):
                 rows = todo[start : start + batch_size]
-                batch, _ = data.pad_batch(
-                    [(ids[row], ids[row]) for row in rows], pad_id
-                )
-                output = greedy_decode(model, batch.to(device)).cpu()
+                batch = data.pad_side([ids[row] for row in rows], pad_id)
+                try:
+                    output = greedy_decode(model, batch.to(device)).cpu()
+                except ValueError as error:  # learned positions have an end
+                    raise InputError(str(error)) from None
                 for row, text in zip(
                     rows, data.decode_ids(output, tokenizer, languages[1])
                 ):
@@ -1083,7 +1136,7 @@ def translate_all(
 
 
 def score(hypotheses: list[str], references: list[str]) -> dict:
-    """sacreBLEU's BLEU and chrF (Post 2018) with their signatures; both sides normalised alike."""
+    """sacreBLEU's BLEU and chrF (Post 2018) with their signatures, of normalised texts."""
     from sacrebleu.metrics import BLEU, CHRF
 
     bleu, chrf = BLEU(), CHRF()
@@ -1125,10 +1178,10 @@ def say(topic: str, text: str) -> None:
 def train(config: TrainConfig) -> int:
     """Prepare data, train, save, evaluate. Returns the exit code."""
     # First all that can be refused at once, before data is read for minutes.
-    now = datetime.now()
-    output = Path(
-        config.output or f"runs/{now:%Y%m%d-%H%M%S}-{config.preset}"
-    ).expanduser()
+    output = config.output
+    if output is None:
+        output = f"runs/{datetime.now():%Y%m%d-%H%M%S}-{config.preset}"
+    output = Path(output).expanduser()
     check_output(output)
     device = choose_device(config.device)
     config = dataclasses.replace(
@@ -1178,14 +1231,12 @@ def train(config: TrainConfig) -> int:
                 train_lightning(adapter, *loaders, config, device)
 
             record.fit(adapter, fit) if record else fit()
-            model.to(
-                device
-            )  # where Lightning found it, which takes it to the CPU at the end
-    progress.flush()
-    metrics |= describe_training(progress, record, prepared, len(loaders[0]), config)
-    # Saved before it is scored: an interrupted evaluation loses no training.
-    save_model(output, model, tokenizer, config, metrics)
-    draw_losses(output / "loss.png", progress)
+            model.to(device)  # Lightning takes it to the CPU at the end
+        progress.flush()
+        batches = len(loaders[0])
+        metrics |= describe_training(progress, record, prepared, batches, config)
+        # Before it is scored: an interrupted evaluation loses no training.
+        save_model(output, model, tokenizer, config, metrics, progress)
     if progress.stop:
         say("stopped", f"after step {progress.step}; its state is in {output}")
         return progress.exit_code
@@ -1196,10 +1247,8 @@ def train(config: TrainConfig) -> int:
         f"{metrics['tokens_per_second']:,.0f} real tokens/s, "
         f"{metrics['padding_share']:.1%} padding",
     )
-    say(
-        "loss",
-        f"training {metrics['train_loss']:.4f}, validation {metrics['val_loss']:.4f}",
-    )
+    validation_loss = progress.validation[-1][1]
+    say("loss", f"training {progress.epoch_loss:.4f}, validation {validation_loss:.4f}")
     text = prepared.validation_text
     sources, references = list(text["source"]), list(text["target"])
     hypotheses = translate_all(
@@ -1366,6 +1415,9 @@ def stdin_lines() -> Iterator[str]:
 
 
 def translate(config: TranslateConfig) -> int:
+    for text in config.text:
+        if not data.is_unicode(text):
+            raise InputError(f"not valid UTF-8: {text!r:.60}")
     model, tokenizer, languages = load_model(config.model, choose_device(config.device))
     lines = config.text or stdin_lines()
     sys.stdout.reconfigure(encoding="utf-8")
@@ -1378,13 +1430,15 @@ def evaluate(config: EvaluateConfig) -> int:
     from itertools import islice
 
     report = Path(config.json).expanduser() if config.json else None
-    if report and not report.absolute().parent.is_dir():
-        raise InputError(f"--json {report}: there is no such folder")
+    if report and (report.is_dir() or not report.absolute().parent.is_dir()):
+        raise InputError(f"--json {report}: no file can be written there")
+    if config.dataset == (data.PHRASEBOOK,):
+        raise InputError("the demo trains on the phrasebook; give pairs of your own")
     model, tokenizer, languages = load_model(config.model, choose_device(config.device))
     batches = data.read_pairs(config.dataset, config.subset, config.split, languages)
     pairs = (pair for batch in batches for pair in zip(*batch))
     pairs = list(islice(pairs, config.num_samples))
-    if not pairs:
+    if not any(source and target for source, target in pairs):
         raise InputError(f"no pairs in {' '.join(config.dataset)}")
     sources, references = map(list, zip(*pairs))
     started = time.perf_counter()
@@ -1400,11 +1454,11 @@ def evaluate(config: EvaluateConfig) -> int:
         "seconds": round(seconds, 2),
         "versions": versions(),
     }
-    if report:
-        write_json(report, result)
     say("pairs", f"{len(sources):,}, translated in {seconds:.1f} s")
     say_score(result)
     say("tokenizer", say_unk(result))
+    if report:
+        write_json(report, result)
     return 0
 
 
@@ -1425,22 +1479,22 @@ def say_score(result: dict) -> None:
 
 
 def main(command: str, config) -> int:
+    """Run a command; what the user can mend ends in one line on stderr."""
     commands = {"train": train, "translate": translate, "evaluate": evaluate}
     try:
         return commands[command](config)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except Interrupted as stopped:
         print("interrupted", file=sys.stderr)
         return stopped.args[0]
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
     except BrokenPipeError:  # the reader of our output went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except (InputError, OSError) as error:  # disk full, no permission, name too long
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":
+    for number in STOP_SIGNALS:
+        signal.signal(number, raise_interrupted)
     sys.exit(main(COMMAND, CONFIG))

@@ -291,7 +291,7 @@ class TransformerSeq2SeqModel(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Glorot-uniform matrices, zero biases, embeddings of unit variance once scaled by sqrt(D)."""
+        """Glorot-uniform matrices, zero biases, embeddings with deviation 1 / sqrt(D)."""
         for name, parameter in self.named_parameters():
             if name.startswith(("embedding.", "positions.", "output.")):
                 nn.init.normal_(parameter, std=self.config.d_model**-0.5)
@@ -310,6 +310,7 @@ class TransformerSeq2SeqModel(nn.Module):
 
         A row of nothing but pads may attend to its first pad, so that no softmax is ever empty.
         """
+        # Comparisons and no assignment: this must also export to ONNX for Modlee.
         first = torch.arange(input_ids.size(1), device=input_ids.device) < 1  # [S]
         source_mask = (input_ids.ne(self.config.pad_id) | first)[
             :, None, None, :
@@ -441,6 +442,8 @@ def greedy_decode(
     config = model.config
     if max_new_tokens is None:
         limits = 2 * input_ids.ne(config.pad_id).sum(dim=1) + 10  # [B]
+    elif max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     else:
         limits = torch.full_like(input_ids[:, 0], max_new_tokens)
     if config.positional == "learned":

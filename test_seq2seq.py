@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import random
 import re
 import shutil
 import signal
@@ -179,6 +180,21 @@ def test_forward_takes_what_the_tutorial_and_modlee_hand_in():
     assert torch.equal(model(source), first)
 
 
+def test_embeddings_are_scaled_by_the_root_of_the_width():
+    model, ids = tiny_model(positional="none").eval(), random_ids(2, 5)
+    assert torch.equal(model.embed(ids), model.embedding(ids) * math.sqrt(32))
+
+
+def test_decoding_never_writes_the_start_token():
+    model = tiny_model()
+    torch.nn.init.zeros_(
+        model.embedding.weight
+    )  # all logits alike: argmax would take pad
+    assert (greedy_decode(model, random_ids(2, 5), max_new_tokens=4) != 0).any()
+    with pytest.raises(ValueError, match="at least 1"):
+        greedy_decode(model, random_ids(2, 5), max_new_tokens=0)
+
+
 def test_embedding_rows_are_rounded_up_and_tied():
     tied, untied = tiny_model(), tiny_model(tie_embeddings=False)
     assert tied.embedding.weight.shape == (64, 32)
@@ -291,30 +307,41 @@ def test_the_phrasebook_is_large_distinct_and_reproducible(phrases):
 
 def test_the_phrasebook_speaks_romanian(phrases):
     """One sentence for each thing that is more than replacing words."""
+    known = dict(phrases)
     for english, romanian in (
-        ("We called him.", "L-am chemat."),  # clitic, dropped subject
-        ("She visited us.", "Ea ne-a vizitat."),
+        ("We called him.", "L-am chemat."),
         ("I will love her.", "O voi iubi."),
-        ("I did not hear them.", "Nu i-am auzit."),
-        ("Who will wash the shoe?", "Cine va spăla pantoful?"),
-        ("We like my house.", "Ne place casa mea."),  # dative
-        ("The big girls sleep under the table.", "Fetele mari dorm sub masă."),
+        (
+            "These good women did not visit our girl.",
+            "Aceste femei bune nu au vizitat-o pe fata noastră.",
+        ),
+        ("We like the happy teacher.", "Ne place profesorul fericit."),
+        (
+            "He did not like these good phones.",
+            "Lui nu i-au plăcut aceste telefoane bune.",
+        ),
+        ("Who will buy the wolf?", "Cine va cumpăra lupul?"),
+        ("Why did she buy that happy dog?", "De ce a cumpărat ea acel câine fericit?"),
+        ("When will he forget the good book?", "Când va uita el cartea bună?"),
+        ("These women run under the table.", "Aceste femei aleargă sub masă."),
+        ("Every garden was new.", "Fiecare grădină era nouă."),
     ):
-        assert dict(phrases).get(english, romanian) == romanian
-    known = Counter(english in dict(phrases) for english in ("We called him.",))
-    assert known[True] == 1
+        assert known[english] == romanian
+
+
+def test_numerals_agree_and_take_de(phrases):
+    seen = set()
     for english, romanian in phrases:
-        words = set(english.lower().strip(".?").split())
-        if {"twelve", "shirts"} <= words and "twelve shirts" in english:
-            assert "douăsprezece cămăși" in romanian.lower()
-        if "twelve boys" in english:
-            assert "doisprezece băieți" in romanian.lower()
-        if "the red flowers" in english:
-            assert "florile roșii" in romanian
-        if english.startswith("I saw the teacher"):
-            assert romanian.startswith(
-                ("L-am văzut pe profesor", "I-am văzut pe profe")
-            )
+        for pattern, expected in (
+            ("twelve shirts", "douăsprezece cămăși"),
+            ("twelve boys", "doisprezece băieți"),
+            ("twenty-two knives", "douăzeci și două de cuțite"),
+            ("a hundred dogs", "o sută de câini"),
+        ):
+            if pattern in english.lower():
+                assert expected in romanian.lower()
+                seen.add(pattern)
+    assert len(seen) == 4
 
 
 def write_pairs(path: Path, pairs) -> Path:
@@ -374,7 +401,11 @@ def test_every_format_holds_the_same_pairs(tmp_path):
         ("a.csv", b"", "found none"),
         ("a.jsonl", b'{"en": "a", "de": "b"}\n', r"a\.jsonl:1.*found en, de"),
         ("a.jsonl", b'{"en": "a", "ro": "b"}\n[1]\n', r"a\.jsonl:2"),
-        ("a.jsonl", b'{"en": "a", "ro": 5}\n', r"a\.jsonl:1: ro is no text"),
+        ("a.jsonl", b'{"en": "a", "ro": 5}\n', r"a\.jsonl:1: expected text"),
+        ("a.jsonl", b'{"en": "\\ud800", "ro": "b"}\n', r"a\.jsonl:1: half a surro"),
+        ("a.jsonl", b"[" * 100_000, r"a\.jsonl:1"),
+        ("a.jsonl", b'{"en": ' + b"9" * 5000 + b"}", r"a\.jsonl:1"),
+        ("a.jsonl", b'{"e\\nn": "a"}', "found e n"),
         ("a.jsonl", b'{"en": \n', r"a\.jsonl:1"),
         ("a.json", b'\n[{"en": "a"}]', r"found en;"),
         ("a.parquet", b"PAR1 not", "no readable parquet"),
@@ -439,7 +470,14 @@ def prepared():
 def test_the_own_tokenizer_round_trips(prepared):
     tokenizer = prepared.tokenizer
     assert len(tokenizer) == 400
-    for text in (ROMANIAN, "Știința și țara.", "emoji 🙂 and 漢字", "a  b", "<b>\\n"):
+    for text in (
+        ROMANIAN,
+        "Știința și țara.",
+        "🙂 and 漢字",
+        "a  b",
+        "<b>\\n",
+        "</s><pad> <unk>",
+    ):
         ids = tokenizer(text)["input_ids"]
         assert ids[-1] == tokenizer.eos_token_id and tokenizer.unk_token_id not in ids
         assert tokenizer.decode(ids, skip_special_tokens=True) == text
@@ -561,7 +599,7 @@ def test_the_tutorials_names_and_signatures():
         ("max_length", 50),
     ]
     for name in ("training_step", "validation_step", "configure_optimizers"):
-        assert hasattr(run.adapter_class(run.import_lightning().LightningModule), name)
+        assert name in vars(run.adapter_class(run.import_lightning().LightningModule))
 
 
 def save_tokenizer(folder: Path, **special) -> Path:
@@ -591,7 +629,12 @@ def test_a_tokenizer_without_pad_or_eos_gets_them(tmp_path, special):
     assert max(tokenizer.pad_token_id, tokenizer.eos_token_id) < len(tokenizer)
 
 
-@pytest.mark.parametrize("name", ["./missing", "train:x", "train:10"])
+def test_a_saved_tokenizer_names_a_class_that_transformers_4_and_5_know(folder):
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+@pytest.mark.parametrize("name", ["./missing", "train:x", "train:10", "train:9999999"])
 def test_a_tokenizer_that_cannot_be_is_refused(name, phrases):
     batch = tuple(map(list, zip(*phrases[:50])))
     with pytest.raises(InputError, match="tokenizer|vocabulary"):
@@ -663,6 +706,16 @@ def test_the_tutorial_preset_is_the_tutorial_to_the_letter():
         (["translate"], "--model"),
         (["evaluate", "--model", "x"], "--dataset"),
         (["--label-smoothing", "1"], "must be in"),
+        (["--validation-size", "1.5"], "whole number"),
+        (["--output", ""], "needs a name"),
+        (["--seed", "-1"], "must be in"),
+        (["--learning-rate", "nan"], "must be in"),
+        (["--max-length", "1000000000"], "65536"),
+        (["translate", "--model", "x", "--batch-size", "0"], "at least 1"),
+        (
+            ["evaluate", "--model", "x", "--dataset", "y", "--num-samples", "-1"],
+            "least",
+        ),
     ],
 )
 def test_a_wrong_flag_is_an_error_in_one_line(arguments, message, capsys):
@@ -686,8 +739,12 @@ def test_every_flag_is_in_the_help_and_help_comes_before_torch():
         (["--nhead", 3], "nhead=3 does not divide"),
         (["--positional", "absolute"], "sinusoidal, learned, rotary, none"),
         (["--output", HERE], "exists already"),
-        (["--output", HERE / "run.py" / "x"], "cannot create"),
-        (["--push"], "MODLEE_API_KEY"),
+        (["--output", HERE / "run.py" / "x"], "cannot write to"),
+        (["--output", "."], "exists already"),
+        (["--output", "x" * 300], "too long"),
+        (["--push", "--loop", "raw"], "not with --loop raw"),
+        (["--precision", "fp16"], "needs a GPU"),
+        (["--push", "--no-modlee"], "not with --loop raw or --no-modlee"),
         (["translate", "--model", HERE], "no model folder: config.json is missing"),
         (["evaluate", "--model", HERE / "no", "--dataset", "x.tsv"], "no model folder"),
     ],
@@ -696,11 +753,17 @@ def test_wrong_values_are_refused_before_anything_is_written(
     arguments, message, capsys, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("MODLEE_API_KEY", raising=False)
+    monkeypatch.setenv("MODLEE_API_KEY", "secret-key-7f3a")
     assert main(*arguments) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_pushing_needs_a_key(capsys, monkeypatch):
+    monkeypatch.delenv("MODLEE_API_KEY", raising=False)
+    assert main("--push") == 2
+    assert "MODLEE_API_KEY" in capsys.readouterr().err
 
 
 def test_a_hub_name_without_a_network_is_answered_soon(tmp_path):
@@ -801,6 +864,16 @@ def test_translate_writes_one_line_per_line(folder):
     assert (empty.returncode, empty.stdout) == (0, "")
 
 
+def test_translate_names_the_end_of_learned_positions(folder, tmp_path, capsys):
+    config = run.TrainConfig(positional="learned")
+    model = tiny_model(vocab_size=320, positional="learned")
+    tokenizer = data.load_tokenizer(str(folder))
+    run.save_model(tmp_path / "m", model, tokenizer, config, {}, run.Progress())
+    assert main("translate", "--model", tmp_path / "m", "one two " * 40) == 2
+    assert "longer than the 40 learned positions" in capsys.readouterr().err
+    assert main("translate", "--model", tmp_path / "m", "a\udcff") == 2
+
+
 def test_translate_refuses_what_is_no_text(folder):
     more = {"input": b"fine\n\xff\xfe\n", "text": False, "encoding": None}
     done = command("translate", "--model", folder, **more)
@@ -830,12 +903,23 @@ def test_evaluate_scores_a_file(folder, tmp_path, capsys):
         assert name in result
     assert result["signature"] in capsys.readouterr().out
     assert main("evaluate", "--model", folder, "--dataset", tmp_path / "no.tsv") == 2
+    assert main("evaluate", "--model", folder, "--dataset", "phrasebook") == 2
+    assert (
+        main("evaluate", "--model", folder, "--dataset", path, "--json", tmp_path) == 2
+    )
     wrong = tmp_path / "no" / "out.json"
     assert main("evaluate", "--model", folder, "--dataset", path, "--json", wrong) == 2
 
 
-def test_both_sides_are_scored_normalised():
-    assert run.score(["știu ce țară"] * 2, ["știu ce țară"] * 2)["chrf"] == 100.0
+def test_cedilla_and_comma_score_alike(folder, tmp_path):
+    """One policy on both sides: references are read, and outputs decoded, as comma below."""
+    assert read_all(write_pairs(tmp_path / "a.tsv", [("a", "Ştiţi")])) == [
+        ("a", "Știți")
+    ]
+    tokenizer = data.load_tokenizer(str(folder))
+    ids = torch.tensor(data.encode_texts(["Ştiţi  că"], tokenizer))
+    assert data.decode_ids(ids, tokenizer, "ro") == ["Știți că"]
+    assert data.decode_ids(ids, tokenizer, "tr") == ["Ştiţi că"]
 
 
 def test_a_damaged_model_folder_is_refused(folder, tmp_path, capsys):
@@ -884,9 +968,12 @@ def test_ctrl_c_saves_the_last_state(loop, tmp_path):
         seen += process.stderr.read1()
         assert process.poll() is None, seen
     process.send_signal(signal.SIGINT)
+    time.sleep(0.05)
+    process.send_signal(signal.SIGINT)  # impatience loses nothing
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert b"Traceback" not in err and b"its state is in" in out
+    assert (output / "loss.png").exists()
     metrics = json.loads((output / "metrics.json").read_text())
     assert metrics["interrupted"] and metrics["steps"] >= run.LOG_EVERY
     assert main("translate", "--model", output, "I see.") == 0
@@ -935,6 +1022,7 @@ def test_raw_and_lightning_walk_the_same_path(prepared, precision, accumulate):
     """Dropout, clipping, schedule and uneven windows on: bit-identical weights and losses."""
     settings = {"precision": precision, "accumulate": accumulate, "clip_norm": 0.5}
     raw, raw_progress, _ = fit(prepared, "raw", **settings)
+    torch.manual_seed(99)  # what either loop draws is its own doing
     lit, lit_progress, _ = fit(prepared, "lightning", **settings)
     batches = math.ceil(len(prepared.train) / 64)
     assert raw_progress.step == lit_progress.step == 2 * math.ceil(batches / accumulate)
@@ -942,6 +1030,28 @@ def test_raw_and_lightning_walk_the_same_path(prepared, precision, accumulate):
     assert raw_progress.validation == lit_progress.validation
     assert same_weights(raw, lit)
     assert not same_weights(raw, tiny_model(vocab_size=len(prepared.tokenizer)))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_both_loops_train_on_shifted_labels(smoothing):
+    model = tiny_model().eval()
+    source, labels = random_ids(3, 6), random_ids(3, 5, seed=1)
+    labels[1, 3:] = 0
+    loss, tokens = run.batch_loss(model, (source, labels), 0, smoothing)
+    logits = model(source, shift_right(labels))
+    expected, count = sequence_loss(logits, labels, 0, smoothing)
+    assert torch.equal(loss, expected) and tokens == count == 13
+    assert smoothing == 0 or not torch.equal(loss, sequence_loss(logits, labels)[0])
+
+
+def test_the_random_state_of_a_step_follows_from_seed_and_step():
+    def draw(seed: int, step: int) -> float:
+        torch.rand(7)
+        run.seed_step(seed, step)
+        return torch.rand(()).item()
+
+    assert draw(1, 5) == draw(1, 5)
+    assert len({draw(seed, step) for seed in range(5) for step in range(5)}) == 25
 
 
 def test_two_batches_accumulated_equal_one_of_twice_the_size(prepared):
@@ -995,7 +1105,6 @@ def hub_home(tmp_path_factory, phrases) -> Path:
     home = tmp_path_factory.mktemp("hub")
     rows = [{"translation": {"ro": ro, "en": en}} for en, ro in phrases[:200]]
     features = datasets.Features({"translation": datasets.Translation(["ro", "en"])})
-    table = datasets.Dataset.from_list(rows, features=features)
     revision = "0" * 40
     for name in ("wmt16", "wmt___wmt16"):
         folder = home / "datasets" / name / "ro-en" / "0.0.0" / revision
@@ -1018,7 +1127,6 @@ def hub_home(tmp_path_factory, phrases) -> Path:
             "splits": {"train": {**split, "dataset_name": "wmt16"}},
         }
         (folder / "dataset_info.json").write_text(json.dumps(info))
-    assert len(table) == 200
     model = home / "hub" / "models--t5-small"
     (model / "refs").mkdir(parents=True)
     (model / "refs" / "main").write_text(revision)
@@ -1112,6 +1220,26 @@ def test_modlee_does_not_change_the_weights(recorded):
     assert same_weights(plain, model)
     assert plain_progress.train == progress.train
     assert plain_progress.validation == progress.validation
+
+
+def test_a_snapshot_puts_everything_back():
+    """What Modlee's callbacks change: random states, trainability, modes, print options."""
+    model = tiny_model()
+    model.embedding.weight.requires_grad_(False)
+    model.dropout.eval()
+    restore = run.snapshot(model)
+    drawn = torch.rand(3).tolist(), np.random.rand(), random.random()
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    model.train()
+    torch.set_printoptions(threshold=math.inf)
+    restore()
+    assert (torch.rand(3).tolist(), np.random.rand(), random.random()) == drawn
+    assert not model.embedding.weight.requires_grad
+    assert model.output.weight is model.embedding.weight
+    assert model.encoder_norm.weight.requires_grad
+    assert not model.dropout.training and model.training
+    assert torch._tensor_str.PRINT_OPTS.threshold == 1000
 
 
 @needs_modlee
