@@ -11,14 +11,19 @@ The file reads from top to bottom: settings and command line, what both loops sh
 the Lightning loop, Modlee, the model folder, and the three commands.
 """
 
+import os
+import signal
+
+# Until all is loaded, Ctrl-C must not raise: some import would swallow it or print a page.
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import argparse
 import contextlib
 import dataclasses
 import difflib
 import json
 import math
-import os
-import signal
 import sys
 import time
 import typing
@@ -250,11 +255,9 @@ def parse_command_line(arguments: list[str]):
         parser.error(str(error))
 
 
-# `--help` and typing errors answer above this line, before torch takes its seconds to
-# load. In these seconds Ctrl-C must not raise, since some import would swallow it.
+# `--help` and typing errors answer above this line, before torch takes seconds to load.
 if __name__ == "__main__":
     COMMAND, CONFIG = parse_command_line(sys.argv[1:])
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import torch
 from torch import Tensor, nn
@@ -366,6 +369,15 @@ def step_share(loss_sum: Tensor, sampler, index: int, accumulate: int) -> Tensor
     return loss_sum * (accumulate / sampler.window_tokens(index, accumulate))
 
 
+def mean_loss(batches: list[tuple[Tensor, Tensor]]) -> float:
+    """Nats per token over batches of (summed loss [], tokens []); waits for the device.
+
+    Added up in Python's float64, which not every device has.
+    """
+    losses, tokens = (torch.stack(column).tolist() for column in zip(*batches))
+    return sum(losses) / sum(tokens)
+
+
 class Progress:
     """The loss curves, and the wish to stop. Both loops report to it.
 
@@ -404,7 +416,7 @@ class Progress:
         """Make a point of all batches since the last one; returns its loss."""
         if not self._pending:
             return None
-        loss = torch.stack([loss for loss, _ in self._pending]).double().sum().item()
+        loss = sum(torch.stack([loss for loss, _ in self._pending]).tolist())
         tokens = sum(tokens for _, tokens in self._pending)
         self._pending.clear()
         self._epoch[0] += loss
@@ -515,12 +527,11 @@ def validate(model: nn.Module, loader, in_precision) -> float:
     """Loss in nats per token over a loader, without dropout or smoothing."""
     device, pad_id = next(model.parameters()).device, model.config.pad_id
     model.eval()
-    loss_sum, tokens = 0.0, 0
+    losses = []
     for batch in loader:
         with in_precision:
-            loss, count = batch_loss(model, [ids.to(device) for ids in batch], pad_id)
-        loss_sum, tokens = loss_sum + loss.double(), tokens + count
-    return float(loss_sum / tokens)
+            losses.append(batch_loss(model, [ids.to(device) for ids in batch], pad_id))
+    return mean_loss(losses)
 
 
 # ---- the Lightning loop -----------------------------------------------------------------------
@@ -605,9 +616,8 @@ def adapter_class(base: type) -> type:
             )
 
         def on_validation_epoch_end(self) -> None:
-            losses, tokens = zip(*self._validation)
+            loss = mean_loss(self._validation)
             self._validation.clear()
-            loss = float(torch.stack(losses).double().sum() / torch.stack(tokens).sum())
             self.log("val_loss", loss, prog_bar=True)
             self.progress.end_epoch(loss)
 
