@@ -1074,6 +1074,7 @@ def load_model(folder: str, device: torch.device):
 def draw_losses(path: Path, progress: Progress) -> None:
     """Training and validation loss over optimizer steps."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
@@ -1084,6 +1085,9 @@ def draw_losses(path: Path, progress: Progress) -> None:
         if points:
             axes.plot(*zip(*points), label=label, **style)
     axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", yscale="log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")  # 0.1 and not 10^-1
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     write_file(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
