@@ -1286,6 +1286,7 @@ def train(config: TrainConfig) -> int:
 
 
 def check_push(config: TrainConfig) -> None:
+    """InputError where --push could upload nothing."""
     if not config.push:
         return
     if not os.environ.get("MODLEE_API_KEY"):
@@ -1313,7 +1314,7 @@ def describe_run(
 ) -> dict:
     """Say what is about to run, and return the same as the first half of metrics.json."""
     train_part, validation_part = prepared.train, prepared.validation
-    unk_id = prepared.tokenizer.unk_token_id
+    unk_source, unk_target = train_part.rows_with(prepared.tokenizer.unk_token_id)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
     metrics = {
@@ -1321,8 +1322,8 @@ def describe_run(
         "tokenizer": config.tokenizer,
         "pairs": {"train": len(train_part), "validation": len(validation_part)},
         "dropped": prepared.dropped,
-        "unk_rate_source": train_part.rows_with(unk_id)[0],
-        "unk_rate_target": train_part.rows_with(unk_id)[1],
+        "unk_rate_source": unk_source,
+        "unk_rate_target": unk_target,
         "parameters": parameters,
         "device": name,
         "precision": config.precision,
