@@ -407,6 +407,26 @@ def save_tokenizer(tokenizer, folder: Path) -> None:
     path.write_text(text, encoding="utf-8")
 
 
+def complete_tokenizer(tokenizer, max_length: int) -> None:
+    """Make the tokenizer do by itself what this module does around it: normalise the text, end it
+    in eos, leave spaces alone when it decodes."""
+    from tokenizers import Regex, normalizers, processors
+
+    eos, tokenizer.model_max_length = tokenizer.eos_token, max_length
+    tokenizer.clean_up_tokenization_spaces = False
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    backend = tokenizer.backend_tokenizer
+    if tokenizer("a")["input_ids"][-1] != tokenizer.eos_token_id:
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"$A {eos}", special_tokens=[(eos, tokenizer.eos_token_id)]
+        )
+    if backend.normalizer is None:
+        spaces = normalizers.Replace(Regex(r"\s+"), " ")
+        backend.normalizer = normalizers.Sequence(
+            [normalizers.NFC(), spaces, normalizers.Strip()]
+        )
+
+
 def train_tokenizer(texts: Iterable[list[str]], vocab_size: int):
     """A byte-level BPE (Radford et al. 2019): every text round-trips, nothing is `<unk>`.
 
@@ -447,6 +467,19 @@ def train_tokenizer(texts: Iterable[list[str]], vocab_size: int):
         unk_token="<unk>",
     )
     return _plain_text(fast)
+
+
+def numbered_tokenizer(vocab_size: int):
+    """Token i is the word "i", but for <pad> 0, </s> 1, <unk> 2: for models that were not trained."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    words = [*special.values(), *map(str, range(3, vocab_size))]
+    model = models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>")
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
 def encode_texts(texts: list[str], tokenizer) -> list[list[int]]:

@@ -37,7 +37,8 @@ from pathlib import Path
 
 
 def option(default=MISSING, help: str = "", **more):
-    """A field that is also a flag; `more` goes to argparse."""
+    """A field that is also a flag, or an argument without one where `flag=False`; the rest of
+    `more` goes to argparse."""
     return field(default=default, metadata={"help": help, **more})
 
 
@@ -161,7 +162,7 @@ class TranslateConfig:
 
     model: str = option(help="model folder", required=True)
     text: tuple[str, ...] = option(
-        (), "sentences; without any, lines come from stdin", nargs="*"
+        (), "sentences; without any, lines come from stdin", nargs="*", flag=False
     )
     batch_size: int = option(64, "sentences decoded together")
     device: str = option("auto", "auto, cpu, cuda or mps")
@@ -187,10 +188,48 @@ class EvaluateConfig:
         check_counts(self, "batch_size", "num_samples")
 
 
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write the model in the format of another library."""
+
+    output: str = option(help="folder to create", flag=False)
+    model: str = option(help="model folder", required=True)
+    to: str = option("hf", "hf: a folder for transformers", choices=("hf",))
+
+
+@dataclass(frozen=True)
+class BenchDecodeConfig:
+    """Decoding speed: this program, transformers' generate and CTranslate2, same weights."""
+
+    model: str | None = option(
+        None, "model folder; without it, random weights of --size"
+    )
+    size: str = option(
+        "demo", "of random weights, which never end", choices=("demo", "tutorial")
+    )
+    text: str | None = option(
+        None, "file of source sentences for --model; default: the phrasebook's"
+    )
+    sentences: int = option(64, "how many sentences to decode; at most 16 batches")
+    batch: tuple[int, ...] = option((1, 32), "sentences decoded together", type=int)
+    beam: tuple[int, ...] = option((1, 4), "beam sizes; 1 is greedy", type=int)
+    max_new_tokens: int = option(32, "where a translation is cut")
+    repeats: int = option(5, "timed rounds; every round runs every library once")
+    device: str = option("auto", "auto, cpu, cuda or mps")
+    json: str | None = option(None, "also write the figures to this file")
+
+    def __post_init__(self) -> None:
+        check_counts(self, "sentences", "max_new_tokens", "repeats")
+        if min(*self.batch, *self.beam, 1) < 1:
+            raise ValueError("--batch and --beam must be at least 1")
+
+
 CONFIGS = {
     "train": TrainConfig,
     "translate": TranslateConfig,
     "evaluate": EvaluateConfig,
+    "export": ExportConfig,
+    "bench decode": BenchDecodeConfig,
 }
 
 
@@ -210,11 +249,13 @@ class OneLineParser(argparse.ArgumentParser):
 
 def parse_command_line(arguments: list[str]):
     """(command, its configuration): flags beat the preset, the preset beats the defaults."""
-    command = arguments[0] if arguments and arguments[0] in CONFIGS else "train"
+    words = next((n for n in (1, 2) if " ".join(arguments[:n]) in CONFIGS), 0)
+    command = " ".join(arguments[:words]) or "train"
     config_class = CONFIGS[command]
     if command == "train":
         usage = "python run.py"
-        others = "commands: translate, evaluate (each has its own --help)"
+        others = ", ".join(name for name in CONFIGS if name != "train")
+        others = f"commands: {others} (each has its own --help)"
     else:
         usage, others = f"python run.py {command}", None
     parser = OneLineParser(
@@ -228,7 +269,7 @@ def parse_command_line(arguments: list[str]):
             kind = typing.get_args(kind)[0]
         if entry.default not in (MISSING, None, ()):
             shown = (
-                " ".join(entry.default)
+                " ".join(map(str, entry.default))
                 if isinstance(entry.default, tuple)
                 else entry.default
             )
@@ -241,13 +282,12 @@ def parse_command_line(arguments: list[str]):
         elif "choices" not in more:
             more |= {"type": kind, "metavar": kind.__name__.upper()}
         more["default"] = argparse.SUPPRESS  # only what was given by hand shows up
-        is_flag = more.get("nargs") != "*"  # "*" marks what stands without a flag
+        is_flag = more.pop("flag", True)
         name = f"--{entry.name.replace('_', '-')}" if is_flag else entry.name
         parser.add_argument(name, **more)
-    rest = arguments[1:] if arguments[:1] == [command] else arguments
     given = {
         name: tuple(value) if isinstance(value, list) else value
-        for name, value in vars(parser.parse_args(rest)).items()
+        for name, value in vars(parser.parse_args(arguments[words:])).items()
     }
     try:
         return command, config_class(**(PRESETS[given.get("preset", "demo")] | given))
@@ -267,6 +307,8 @@ from data import InputError
 from seq2seq import (
     Seq2SeqConfig,
     TransformerSeq2SeqModel,
+    beam_search,
+    count_flops,
     greedy_decode,
     sequence_loss,
     shift_right,
@@ -1000,35 +1042,15 @@ def check_output(folder: Path) -> None:
         raise InputError(f"cannot write to {parent}; give another --output")
 
 
-def save_model(
-    folder: Path,
-    model: nn.Module,
-    tokenizer,
-    config: TrainConfig,
-    metrics: dict,
-    progress: Progress,
-) -> None:
-    """Write a model folder that appears under its name only when it is complete."""
+def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Create a folder that appears under its name only when `fill` has completed it."""
     import shutil
     import tempfile
-
-    from safetensors.torch import save_model as save_weights
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix="model.", dir=folder.parent))
     try:
-        data.save_tokenizer(tokenizer, temporary)
-        save_weights(model, str(temporary / "model.safetensors"))
-        content = {
-            "format": 1,
-            "source_lang": config.source_lang,
-            "target_lang": config.target_lang,
-            "model": dataclasses.asdict(model.config),
-            "training": dataclasses.asdict(config),
-        }
-        write_json(temporary / "config.json", content)
-        write_json(temporary / "metrics.json", metrics)
-        draw_losses(temporary / "loss.png", progress)
+        fill(temporary)
         for path in temporary.iterdir():  # mkdtemp is private, a model need not be
             path.chmod(0o644)
         temporary.chmod(0o755)
@@ -1040,6 +1062,35 @@ def save_model(
     except OSError as error:  # someone else has made the folder meanwhile
         reason = f"cannot become {folder} ({error.strerror})"
         raise InputError(f"the model is complete in {temporary} but {reason}") from None
+
+
+def save_model(
+    folder: Path,
+    model: nn.Module,
+    tokenizer,
+    config: TrainConfig,
+    metrics: dict,
+    progress: Progress,
+) -> None:
+    """Write a model folder."""
+    from safetensors.torch import save_model as save_weights
+
+    content = {
+        "format": 1,
+        "source_lang": config.source_lang,
+        "target_lang": config.target_lang,
+        "model": dataclasses.asdict(model.config),
+        "training": dataclasses.asdict(config),
+    }
+
+    def fill(temporary: Path) -> None:
+        data.save_tokenizer(tokenizer, temporary)
+        save_weights(model, str(temporary / "model.safetensors"))
+        write_json(temporary / "config.json", content)
+        write_json(temporary / "metrics.json", metrics)
+        draw_losses(temporary / "loss.png", progress)
+
+    write_folder(folder, fill)
 
 
 def load_model(folder: str, device: torch.device):
@@ -1091,6 +1142,137 @@ def draw_losses(path: Path, progress: Progress) -> None:
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     write_file(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+
+
+# ---- export -----------------------------------------------------------------------------------
+
+EXPORTED_POSITIONS = 1024  # rows of the position table in an exported folder
+
+
+def to_transformers(model: TransformerSeq2SeqModel):
+    """The same model as transformers' Pegasus (pre-LN) or Marian (post-LN), weights copied.
+
+    Their sinusoidal table has all sines first, then all cosines; ours takes turns (as the paper
+    does). So the channels of the residual stream are permuted wherever a weight reads or writes
+    them. Raises InputError for positions that neither of them has.
+    """
+    import transformers
+
+    config = model.config
+    if config.positional != "sinusoidal":
+        raise InputError(
+            f"transformers has no model of this shape with {config.positional} positions; "
+            "train with --positional sinusoidal to export"
+        )
+    kind = "Pegasus" if config.norm_first else "Marian"
+    # CTranslate2 cuts the last row off Marian's vocabulary, where other models keep their pad.
+    spare = 0 if config.norm_first else 1
+    sizes = {
+        "vocab_size": config.vocab_size + spare,
+        "d_model": config.d_model,
+        "encoder_layers": config.num_encoder_layers,
+        "decoder_layers": config.num_decoder_layers,
+        "max_position_embeddings": EXPORTED_POSITIONS,
+        "tie_word_embeddings": config.tie_embeddings,
+    }
+    for side in ("encoder", "decoder"):
+        sizes[f"{side}_attention_heads"] = config.nhead
+        sizes[f"{side}_ffn_dim"] = config.dim_feedforward
+    if spare:
+        sizes["decoder_vocab_size"] = sizes["vocab_size"]
+    exported_config = getattr(transformers, f"{kind}Config")(
+        **sizes,
+        activation_function="relu",
+        scale_embedding=True,
+        normalize_before=config.norm_first,  # this and the next are read by CTranslate2
+        normalize_embedding=False,
+        dropout=config.dropout,
+        attention_dropout=0.0,
+        activation_dropout=0.0,
+        pad_token_id=config.pad_id,
+        eos_token_id=config.eos_id,
+        decoder_start_token_id=config.pad_id,
+        forced_eos_token_id=None,
+    )
+    name = {"Pegasus": "PegasusForConditionalGeneration", "Marian": "MarianMTModel"}
+    exported = getattr(transformers, name[kind])(exported_config)
+
+    width = config.d_model
+    channels = torch.cat([torch.arange(0, width, 2), torch.arange(1, width, 2)])
+    state = {}
+
+    def put(name: str, weight: Tensor, bias: Tensor, reads: bool, writes: bool) -> None:
+        """A linear layer that reads from, or writes to, the residual stream."""
+        weight = weight[:, channels] if reads else weight
+        state[f"model.{name}.weight"] = weight[channels] if writes else weight
+        state[f"model.{name}.bias"] = bias[channels] if writes else bias
+
+    def put_norm(name: str, norm: nn.LayerNorm) -> None:
+        state[f"model.{name}.weight"] = norm.weight[channels]
+        state[f"model.{name}.bias"] = norm.bias[channels]
+
+    def put_attention(name: str, attention: nn.Module) -> None:
+        weights, biases = (
+            attention.in_proj.weight.chunk(3),
+            attention.in_proj.bias.chunk(3),
+        )
+        for part, weight, bias in zip(("q_proj", "k_proj", "v_proj"), weights, biases):
+            put(f"{name}.{part}", weight, bias, reads=True, writes=False)
+        out = attention.out_proj
+        put(f"{name}.out_proj", out.weight, out.bias, reads=False, writes=True)
+
+    for side in ("encoder", "decoder"):
+        for index, layer in enumerate(getattr(model, f"{side}_layers")):
+            place = f"{side}.layers.{index}"
+            put_attention(f"{place}.self_attn", layer.self_attention)
+            put_norm(f"{place}.self_attn_layer_norm", layer.self_attention_norm)
+            if side == "decoder":
+                put_attention(f"{place}.encoder_attn", layer.cross_attention)
+                put_norm(f"{place}.encoder_attn_layer_norm", layer.cross_attention_norm)
+            first, second = layer.linear1, layer.linear2
+            put(f"{place}.fc1", first.weight, first.bias, reads=True, writes=False)
+            put(f"{place}.fc2", second.weight, second.bias, reads=False, writes=True)
+            put_norm(f"{place}.final_layer_norm", layer.feed_forward_norm)
+        if config.norm_first:
+            put_norm(f"{side}.layer_norm", getattr(model, f"{side}_norm"))
+
+    def vocabulary(weight: Tensor) -> Tensor:
+        rows = weight[: config.vocab_size, channels]
+        return torch.cat([rows, rows.new_zeros(spare, width)])
+
+    embedding = vocabulary(model.embedding.weight)
+    for name in ("shared", "encoder.embed_tokens", "decoder.embed_tokens"):
+        state[f"model.{name}.weight"] = embedding
+    state["lm_head.weight"] = vocabulary(model.output.weight)
+    bias = torch.zeros(1, config.vocab_size + spare)
+    bias[:, config.vocab_size :] = -1e9  # the spare row is no token
+    state["final_logits_bias"] = bias
+    missing, unexpected = exported.load_state_dict(state, strict=False)
+    # The position tables are made by the class and not always stored.
+    missing = [name for name in missing if "embed_positions" not in name]
+    assert not missing and not unexpected, (missing, unexpected)
+
+    generation = exported.generation_config
+    generation.max_length = EXPORTED_POSITIONS // 2  # else 20 tokens
+    generation.num_beams = 1
+    generation.suppress_tokens = [config.pad_id]  # the start token is no translation
+    return exported.eval()
+
+
+def export(config: ExportConfig) -> int:
+    output = Path(config.output).expanduser()
+    check_output(output)
+    model, tokenizer, _ = load_model(config.model, torch.device("cpu"))
+    exported = to_transformers(model)
+    data.complete_tokenizer(tokenizer, EXPORTED_POSITIONS)
+
+    def fill(folder: Path) -> None:
+        exported.save_pretrained(folder)
+        data.save_tokenizer(tokenizer, folder)
+
+    write_folder(output, fill)
+    say("exported", f"{type(exported).__name__}, float32, for transformers: {output}")
+    return 0
 
 
 # ---- translating and scoring ------------------------------------------------------------------
@@ -1180,6 +1362,294 @@ def versions() -> dict[str, str | None]:
         except metadata.PackageNotFoundError:
             found[name] = None
     return found
+
+
+# ---- bench decode -----------------------------------------------------------------------------
+
+
+def reference_case(config: BenchDecodeConfig, device: torch.device):
+    """(model, tokenizer, ids of the sentences) of a benchmark."""
+    from itertools import islice
+
+    if config.model is None:
+        sizes = {"demo": TrainConfig(), "tutorial": TrainConfig(**PRESETS["tutorial"])}
+        vocabulary = {"demo": 800, "tutorial": 32_100}[config.size]
+        model_config = dataclasses.replace(
+            choose_model(sizes[config.size]), vocab_size=vocabulary
+        )
+        torch.manual_seed(0)
+        model = TransformerSeq2SeqModel(**dataclasses.asdict(model_config)).to(device)
+        with torch.no_grad():  # eos never wins: every sentence is as long as allowed
+            model.embedding.weight[model_config.eos_id] = 0
+        tokenizer = data.numbered_tokenizer(vocabulary)
+        lengths = torch.randint(5, 25, (config.sentences,)).tolist()
+        ids = [
+            [*torch.randint(3, vocabulary, (length,)).tolist(), model_config.eos_id]
+            for length in lengths
+        ]
+        return model.eval(), tokenizer, ids
+    model, tokenizer, languages = load_model(config.model, device)
+    if config.text is None:
+        lines = (english for english, _ in data.phrasebook(config.sentences, seed=1))
+    else:
+        lines = Path(config.text).expanduser().read_text("utf-8").splitlines()
+    texts = (data.normalize(line, languages[0]) for line in lines)
+    texts = list(islice((text for text in texts if text), config.sentences))
+    if not texts:
+        raise InputError(f"no sentences in {config.text}")
+    return model, tokenizer, data.encode_texts(texts, tokenizer)
+
+
+def libraries(model, tokenizer, config: BenchDecodeConfig) -> dict[str, Callable]:
+    """Name -> function (ids of a batch, beam size) -> token ids of each translation, no eos."""
+    import importlib.util
+    import tempfile
+
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    model_config, device = model.config, next(model.parameters()).device
+    limit, eos_id = config.max_new_tokens, model_config.eos_id
+
+    def cut(row: list[int]) -> list[int]:
+        return row[: row.index(eos_id)] if eos_id in row else row
+
+    def pad(rows: list[list[int]]) -> Tensor:
+        rows = [torch.tensor(row) for row in rows]
+        return data.pad_side(rows, model_config.pad_id).to(device)
+
+    def ours(rows: list[list[int]], beam: int) -> list[list[int]]:
+        if beam == 1:
+            output = greedy_decode(model, pad(rows), limit).tolist()
+            return [cut([i for i in row if i != model_config.pad_id]) for row in output]
+        found = beam_search(model, pad(rows), beam, max_new_tokens=limit)
+        return [cut(best.tokens) for best, *_ in found]
+
+    exported = to_transformers(model).to(device)
+    exported.generation_config.max_length = None  # max_new_tokens decides
+
+    @torch.inference_mode()
+    def generate(rows: list[list[int]], beam: int) -> list[list[int]]:
+        input_ids = pad(rows)
+        output = exported.generate(
+            input_ids=input_ids,
+            attention_mask=input_ids.ne(model_config.pad_id).long(),
+            max_new_tokens=limit,
+            num_beams=beam,
+            do_sample=False,
+        )[:, 1:].tolist()
+        return [cut([i for i in row if i != model_config.pad_id]) for row in output]
+
+    arms = {"ours": ours, "transformers": generate}
+    if importlib.util.find_spec("ctranslate2") is None or device.type == "mps":
+        return arms
+    import ctranslate2
+
+    with tempfile.TemporaryDirectory() as folder:
+        source, converted = os.path.join(folder, "hf"), os.path.join(folder, "ct2")
+        exported.save_pretrained(source)
+        data.complete_tokenizer(tokenizer, EXPORTED_POSITIONS)
+        data.save_tokenizer(tokenizer, Path(source))
+        ctranslate2.converters.TransformersConverter(source).convert(converted)
+        translator = ctranslate2.Translator(
+            converted,
+            device=device.type,
+            compute_type="float32",
+            inter_threads=1,
+            intra_threads=torch.get_num_threads(),
+        )
+
+    def translate(rows: list[list[int]], beam: int) -> list[list[int]]:
+        results = translator.translate_batch(
+            [tokenizer.convert_ids_to_tokens(row) for row in rows],
+            beam_size=beam,
+            max_decoding_length=limit,
+        )
+        return [tokenizer.convert_tokens_to_ids(r.hypotheses[0]) for r in results]
+
+    return arms | {"ctranslate2": translate}
+
+
+def machine_rates(device: torch.device) -> tuple[float, float]:
+    """(float32 matmul rate in FLOP/s, copy bandwidth in bytes/s, read and written): the best seen."""
+
+    def best(function: Callable[[], object]) -> float:
+        seconds = []
+        for _ in range(12):
+            started = time.perf_counter()
+            function()
+            synchronize(device)
+            seconds.append(time.perf_counter() - started)
+        return min(seconds)
+
+    size = 2048
+    a, b = torch.randn(2, size, size, device=device)
+    source = torch.ones(2**26, device=device)  # 256 MiB, more than any cache
+    target = torch.zeros_like(source)
+    copied = 2 * source.numel() * source.element_size()
+    return (
+        2 * size**3 / best(lambda: a @ b),
+        copied / best(lambda: target.copy_(source)),
+    )
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what was asked of it."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def memory_peak(device: torch.device, reset: bool = False) -> int | None:
+    """Peak memory in bytes since the last reset: of the device, or of this process on Linux."""
+    if device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated()
+    try:
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        status = Path("/proc/self/status").read_text()
+    except OSError:  # no Linux
+        return None
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+
+def floor_seconds(config: Seq2SeqConfig, batch, outputs, beam: int, rates) -> float:
+    """What decoding a batch would take if nothing but its arithmetic, or nothing but reading the
+    decoder's weights once a step, cost time: the larger of the two."""
+    flops = sum(
+        count_flops(config, len(ids), len(output) + 1, beam)
+        for ids, output in zip(batch, outputs)
+    )
+    size = config.d_model
+    layer = 6 * size**2 + 2 * size * config.dim_feedforward
+    weights = config.num_decoder_layers * layer + size * config.vocab_size
+    steps = max(len(output) + 1 for output in outputs)
+    return max(flops / rates[0], 4 * weights * steps / rates[1])
+
+
+def bench_decode(config: BenchDecodeConfig) -> int:
+    from statistics import median
+
+    from tqdm import tqdm
+
+    check_report(config.json)
+    device = choose_device(config.device)
+    model, tokenizer, sentences = reference_case(config, device)
+    arms = libraries(model, tokenizer, config)
+    rates = machine_rates(device)
+    cases = [(batch, beam) for batch in config.batch for beam in config.beam]
+    rows = []
+    bar = tqdm(total=len(cases) * (config.repeats + 1) * len(arms), disable=None)
+
+    def run(name: str, batches: list, beam: int) -> tuple[float, list]:
+        time.sleep(
+            0.3
+        )  # until the idle threads of the library before have stopped spinning
+        started = time.perf_counter()
+        outputs = [arms[name](rows, beam) for rows in batches]
+        synchronize(device)
+        seconds = time.perf_counter() - started
+        bar.update()
+        return seconds, [row for output in outputs for row in output]
+
+    for batch, beam in cases:
+        batches = list(chunks(sentences, batch))[:16]
+        count = sum(map(len, batches))
+
+        outputs, peaks = {}, {}
+        for name in arms:  # also warms up
+            before = memory_peak(device, reset=True)
+            outputs[name] = run(name, batches, beam)[1]
+            peaks[name] = before and memory_peak(device) - before
+        tokens = sum(len(row) + 1 for row in outputs["ours"])
+        floor = sum(
+            floor_seconds(model.config, part, output, beam, rates)
+            for part, output in zip(batches, chunks(outputs["ours"], batch))
+        )
+        seconds = {name: [] for name in arms}
+        for turn in range(config.repeats):
+            names = list(arms)
+            for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                seconds[name].append(run(name, batches, beam)[0])
+        for name in arms:
+            taken = seconds[name]
+            ratios = [a / b for a, b in zip(seconds["transformers"], taken)]
+            rows.append(
+                {
+                    "batch": batch,
+                    "beam": beam,
+                    "library": name,
+                    "sentences": count,
+                    "same_output": sum(
+                        map(list.__eq__, outputs[name], outputs["ours"])
+                    ),
+                    "tokens": tokens,
+                    "tokens_per_second": round(tokens / median(taken), 1),
+                    "ms_per_sentence": round(median(taken) / count * 1e3, 3),
+                    "times_transformers": round(median(ratios), 2),
+                    "times_transformers_range": [
+                        round(min(ratios), 2),
+                        round(max(ratios), 2),
+                    ],
+                    "share_of_floor": round(floor / median(taken), 3),
+                    "peak_extra_mib": peaks[name] and round(peaks[name] / 2**20, 1),
+                    "seconds": [round(value, 5) for value in taken],
+                }
+            )
+    bar.close()
+    report = {
+        "command": " ".join(["python", "run.py", *sys.argv[1:]]),
+        "machine": describe_machine(device),
+        "versions": versions(),
+        "model": dataclasses.asdict(model.config),
+        "sentences": len(sentences),
+        "matmul_gflops": round(rates[0] / 1e9, 1),
+        "copy_gb_per_second": round(rates[1] / 1e9, 1),
+        "rows": rows,
+    }
+    say("machine", report["machine"])
+    say(
+        "rates",
+        f"{rates[0] / 1e9:.0f} GFLOP/s matmul, {rates[1] / 1e9:.1f} GB/s copied",
+    )
+    say("sentences", f"{len(sentences)}, at most {config.max_new_tokens} tokens each")
+    print(
+        "\nbatch  beam  library       same     tok/s  ms/sentence  x generate (range)"
+        "   of floor  +MiB"
+    )
+    for row in rows:
+        low, high = row["times_transformers_range"]
+        print(
+            f"{row['batch']:5}  {row['beam']:4}  {row['library']:12} "
+            f"{row['same_output']:5}  {row['tokens_per_second']:8,.0f}  "
+            f"{row['ms_per_sentence']:11.2f}  {row['times_transformers']:4.2f} "
+            f"({low:.2f} to {high:.2f}) {row['share_of_floor']:9.0%}  "
+            f"{row['peak_extra_mib'] or 0:5.0f}"
+        )
+    if config.json:
+        write_json(Path(config.json).expanduser(), report)
+    return 0
+
+
+def chunks(items: list, size: int) -> Iterator[list]:
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def describe_machine(device: torch.device) -> str:
+    import platform
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    threads = torch.get_num_threads()
+    return f"{platform.system()} {platform.machine()}, {threads} CPU threads, float32"
+
+
+def check_report(name: str | None) -> None:
+    """InputError where --json could not be written at the end."""
+    path = Path(name).expanduser() if name else None
+    if path and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise InputError(f"--json {name}: no file can be written there")
 
 
 # ---- commands ---------------------------------------------------------------------------------
@@ -1444,9 +1914,7 @@ def translate(config: TranslateConfig) -> int:
 def evaluate(config: EvaluateConfig) -> int:
     from itertools import islice
 
-    report = Path(config.json).expanduser() if config.json else None
-    if report and (report.is_dir() or not report.absolute().parent.is_dir()):
-        raise InputError(f"--json {report}: no file can be written there")
+    check_report(config.json)
     if config.dataset == (data.PHRASEBOOK,):
         raise InputError("the demo trains on the phrasebook; give pairs of your own")
     model, tokenizer, languages = load_model(config.model, choose_device(config.device))
@@ -1472,8 +1940,8 @@ def evaluate(config: EvaluateConfig) -> int:
     say("pairs", f"{len(sources):,}, translated in {seconds:.1f} s")
     say_score(result)
     say("tokenizer", say_unk(result))
-    if report:
-        write_json(report, result)
+    if config.json:
+        write_json(Path(config.json).expanduser(), result)
     return 0
 
 
@@ -1495,7 +1963,13 @@ def say_score(result: dict) -> None:
 
 def main(command: str, config) -> int:
     """Run a command; what the user can mend ends in one line on stderr."""
-    commands = {"train": train, "translate": translate, "evaluate": evaluate}
+    commands = {
+        "train": train,
+        "translate": translate,
+        "evaluate": evaluate,
+        "export": export,
+        "bench decode": bench_decode,
+    }
     try:
         return commands[command](config)
     except Interrupted as stopped:
