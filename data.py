@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import ssl
 import threading
 import unicodedata
@@ -414,7 +415,9 @@ def complete_tokenizer(tokenizer, max_length: int) -> None:
 
     eos, tokenizer.model_max_length = tokenizer.eos_token, max_length
     tokenizer.clean_up_tokenization_spaces = False
+    # No token types, which such models do not take; both places, for transformers 4 and 5.
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names
     backend = tokenizer.backend_tokenizer
     if tokenizer("a")["input_ids"][-1] != tokenizer.eos_token_id:
         backend.post_processor = processors.TemplateProcessing(
@@ -492,11 +495,46 @@ def encode_texts(texts: list[str], tokenizer) -> list[list[int]]:
     return [[*row, tokenizer.eos_token_id] for row in ids]
 
 
-def decode_ids(ids: Tensor, tokenizer, language: str) -> list[str]:
-    """One line of normalised text per row of ids [B, T]."""
+def split_text(text: str, tokenizer, max_length: int) -> list[list[int]]:
+    """Token ids of a text in pieces of at most `max_length` tokens, eos included.
+
+    Cut where it hurts least: into sentences, and what is still too long between clauses, else
+    between words, else anywhere. A text that fits is one piece.
+    """
+    (ids,) = encode_texts([text], tokenizer)
+    if len(ids) <= max_length:
+        return [ids]
+    pieces = re.split(r"(?<=[.!?…])\s+(?=[^a-zăâîșț])", text)  # one sentence, one piece
+    if len(pieces) > 1:
+        return [
+            ids for piece in pieces for ids in split_text(piece, tokenizer, max_length)
+        ]
+    for boundary in (r"(?<=[,;:)–—])\s+", r"\s+"):
+        pieces, current, size = [], [], 0  # as much as fits is one piece
+        parts = re.split(boundary, text)
+        for part, part_ids in zip(parts, encode_texts(parts, tokenizer)):
+            # Its eos makes up for the space that it lost.
+            if current and size + len(part_ids) > max_length:
+                pieces.append(" ".join(current))
+                current, size = [], 0
+            current.append(part)
+            size += len(part_ids)
+        pieces.append(" ".join(current))
+        if len(pieces) > 1:
+            return [
+                ids
+                for piece in pieces
+                for ids in split_text(piece, tokenizer, max_length)
+            ]
+    body, step = ids[:-1], max(max_length - 1, 1)
+    return [[*body[i : i + step], ids[-1]] for i in range(0, len(body), step)]
+
+
+def decode_ids(ids: list[list[int]], tokenizer, language: str) -> list[str]:
+    """One line of normalised text per row of ids."""
     # Clean-up would move spaces around punctuation, which training never saw.
     texts = tokenizer.batch_decode(
-        ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
     return [normalize(text, language) for text in texts]
 

@@ -94,6 +94,12 @@ class _TablePositionalEncoding(NoPositionalEncoding):
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         # The table follows from its shape, so a checkpoint never overrules it: one saved after the
         # table grew loads into a model that is still short.
+        if (
+            self.table.is_meta
+        ):  # a model built without storage, to take over loaded weights
+            rows, device = len(self.table), state_dict[prefix + "table"].device
+            table = self.make_table(rows, self.d_model, self.head_dim).to(device)
+            self.table = table
         state_dict[prefix + "table"] = self.table
         super()._load_from_state_dict(state_dict, prefix, *args)
 

@@ -156,23 +156,73 @@ PRESETS: dict[str, dict] = {
 }
 
 
-@dataclass(frozen=True)
-class TranslateConfig:
+@dataclass(frozen=True, kw_only=True)
+class DecodeOptions:
+    """How lines are translated."""
+
+    beam: int = option(1, "hypotheses kept per sentence; 1 is greedy")
+    length_penalty: float = option(
+        1.0, "exponent of the length by which a hypothesis' sum is divided"
+    )
+    batch_tokens: int = option(
+        2048, "source tokens decoded together, pads and hypotheses counted"
+    )
+    precision: str = option(
+        "fp32", "bf16 halves the memory; faster on GPUs", choices=("fp32", "bf16")
+    )
+    device: str = option("auto", "auto, cpu, cuda or mps")
+    # Of these, only `translate` makes flags.
+    num_return = 1
+    scores = sample = False
+
+    @property
+    def width(self) -> int:
+        """Rows in the decoder per sentence."""
+        return max(self.beam, self.num_return)
+
+    def __post_init__(self) -> None:
+        check_counts(self, "beam", "batch_tokens")
+        if not math.isfinite(self.length_penalty):
+            raise ValueError("--length-penalty must be a number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TranslateConfig(DecodeOptions):
     """Translate lines: one line out per line in, in order, empty lines kept empty."""
 
     model: str = option(help="model folder", required=True)
     text: tuple[str, ...] = option(
         (), "sentences; without any, lines come from stdin", nargs="*", flag=False
     )
-    batch_size: int = option(64, "sentences decoded together")
-    device: str = option("auto", "auto, cpu, cuda or mps")
+    num_return: int = option(1, "translations per line, each on a line of its own")
+    scores: bool = option(
+        False, "put the score, in nats per token, and a tab before each translation"
+    )
+    sample: bool = option(False, "draw translations at random; not with --beam")
+    temperature: float = option(1.0, "of --sample: below 1 safer, above 1 bolder")
+    top_p: float = option(
+        1.0, "of --sample: share of probability whose likeliest tokens may be drawn"
+    )
+    seed: int = option(0, "of --sample")
+    attention: str | None = option(
+        None, "picture (.png) of what the translation of one sentence looked at"
+    )
 
     def __post_init__(self) -> None:
-        check_counts(self, "batch_size")
+        super().__post_init__()
+        check_counts(self, "num_return")
+        if self.sample and (self.beam > 1 or self.scores):
+            raise ValueError("--sample goes neither with --beam nor with --scores")
+        if not self.sample and self.num_return > self.beam:
+            raise ValueError("--num-return needs --sample or a --beam as large")
+        if not (self.temperature > 0 and 0 < self.top_p <= 1):
+            raise ValueError("--temperature must be above 0, --top-p in (0, 1]")
+        if self.attention is not None and (len(self.text) != 1 or self.sample):
+            raise ValueError("--attention needs one sentence as argument, not --sample")
 
 
-@dataclass(frozen=True)
-class EvaluateConfig:
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(DecodeOptions):
     """Translate the source side of a data set and score it against the target side."""
 
     model: str = option(help="model folder", required=True)
@@ -181,11 +231,10 @@ class EvaluateConfig:
     split: str = option("test", "split of a hub data set")
     num_samples: int | None = option(None, "first pairs to score; default: all")
     json: str | None = option(None, "also write the figures to this file")
-    batch_size: int = option(64, "sentences decoded together")
-    device: str = option("auto", "auto, cpu, cuda or mps")
 
     def __post_init__(self) -> None:
-        check_counts(self, "batch_size", "num_samples")
+        super().__post_init__()
+        check_counts(self, "num_samples")
 
 
 @dataclass(frozen=True)
@@ -283,6 +332,8 @@ def parse_command_line(arguments: list[str]):
             more |= {"type": kind, "metavar": kind.__name__.upper()}
         more["default"] = argparse.SUPPRESS  # only what was given by hand shows up
         is_flag = more.pop("flag", True)
+        if not is_flag:
+            more["metavar"] = entry.name.upper()
         name = f"--{entry.name.replace('_', '-')}" if is_flag else entry.name
         parser.add_argument(name, **more)
     given = {
@@ -305,11 +356,14 @@ from torch import Tensor, nn
 import data
 from data import InputError
 from seq2seq import (
+    Hypothesis,
     Seq2SeqConfig,
     TransformerSeq2SeqModel,
     beam_search,
     count_flops,
+    cross_attention_weights,
     greedy_decode,
+    sample_decode,
     sequence_loss,
     shift_right,
 )
@@ -1094,15 +1148,23 @@ def save_model(
 
 
 def load_model(folder: str, device: torch.device):
-    """(model in eval mode, tokenizer, (source language, target language)). Raises InputError."""
+    """(model in eval mode, tokenizer, (source language, target language)). Raises InputError.
+
+    The weights are mapped from the file into the model, without being initialised or copied.
+    """
     from safetensors import SafetensorError
-    from safetensors.torch import load_model as load_weights
+    from safetensors.torch import load_file
 
     path = Path(folder).expanduser()
     try:
         content = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        model = TransformerSeq2SeqModel(**content["model"])
-        load_weights(model, str(path / "model.safetensors"))
+        with torch.device("meta"):
+            model = TransformerSeq2SeqModel(**content["model"])
+        weights = load_file(path / "model.safetensors", device=str(device))
+        if model.config.tie_embeddings:  # stored once
+            weights["output.weight"] = weights["embedding.weight"]
+        model.load_state_dict(weights, assign=True)
+        model.tie_embeddings()
         languages = content["source_lang"], content["target_lang"]
     except FileNotFoundError as error:
         missing = Path(error.filename or path / "model.safetensors").name
@@ -1119,7 +1181,7 @@ def load_model(folder: str, device: torch.device):
         raise InputError(
             f"{folder} is no model folder of this program: {reason}"
         ) from None
-    return model.to(device).eval(), data.load_tokenizer(str(path)), languages
+    return model.eval(), data.load_tokenizer(str(path)), languages
 
 
 def draw_losses(path: Path, progress: Progress) -> None:
@@ -1278,57 +1340,209 @@ def export(config: ExportConfig) -> int:
 # ---- translating and scoring ------------------------------------------------------------------
 
 
-def translate_lines(
-    model: TransformerSeq2SeqModel,
-    tokenizer,
-    lines: Iterable[str],
-    languages: tuple[str, str],
-    batch_size: int,
-    total: int | None = None,
-) -> Iterator[str]:
-    """One translation per line, in order; an empty line stays empty.
+class Translator:
+    """A model that turns lines into lines.
 
-    Lines are sorted by length inside windows of `TRANSLATE_WINDOW`, so that batches hold little
-    padding and memory does not grow with the input.
+    Lines are decoded in windows of `TRANSLATE_WINDOW`, so that memory does not grow with the input;
+    in a window they are sorted by length and batched by tokens, so that batches hold little padding.
+    What is longer than the model was trained for is split at the ends of sentences, clauses or
+    words, and translated in pieces.
+
+    Attributes: split, cut: numbers of the lines (from 1) that were split, and of those where a
+    translation did not end and was cut off.
     """
-    from itertools import islice
 
-    from tqdm import tqdm
+    def __init__(self, model, tokenizer, languages: tuple[str, str], options):
+        """options: a `DecodeOptions`."""
+        self.model, self.tokenizer, self.languages = model, tokenizer, languages
+        self.options = options
+        self.split: list[int] = []
+        self.cut: list[int] = []
 
-    device, pad_id = next(model.parameters()).device, model.config.pad_id
-    lines = iter(lines)
-    with tqdm(desc="translate", total=total, unit="line", disable=None) as bar:
-        while window := list(islice(lines, TRANSLATE_WINDOW)):
-            texts = [data.normalize(line, languages[0]) for line in window]
-            ids = [torch.tensor(row) for row in data.encode_texts(texts, tokenizer)]
-            todo = sorted(
-                (row for row in range(len(ids)) if texts[row]),
-                key=lambda r: len(ids[r]),
+    def __call__(
+        self, lines: Iterable[str], total: int | None = None, window: int = 0
+    ) -> Iterator[list[tuple[str, float | None]]]:
+        """For every line, in order, its `num_return` translations (text, score), best first; the
+        score is None unless asked for. An empty line stays empty. `window`: lines to wait for."""
+        from itertools import islice
+
+        from tqdm import tqdm
+
+        numbered = enumerate(lines, 1)
+        with tqdm(desc="translate", total=total, unit="line", disable=None) as bar:
+            while part := list(islice(numbered, window or TRANSLATE_WINDOW)):
+                yield from self._translate(part, bar)
+
+    def _translate(self, lines: list[tuple[int, str]], bar) -> Iterator[list]:
+        options, limit = self.options, self.model.config.max_length
+        pieces = []  # (number of the line, token ids)
+        for number, line in lines:
+            text = data.normalize(line, self.languages[0])
+            parts = data.split_text(text, self.tokenizer, limit) if text else []
+            if len(parts) > 1:
+                self.split.append(number)
+            pieces += [(number, ids) for ids in parts]
+        order = sorted(range(len(pieces)), key=lambda i: len(pieces[i][1]))
+        found: list[list[Hypothesis]] = [[] for _ in pieces]
+        for rows in batch_by_tokens(
+            order,
+            [len(ids) for _, ids in pieces],
+            options.batch_tokens // options.width,
+        ):
+            for row, hypotheses in zip(rows, self._decode([pieces[i] for i in rows])):
+                found[row] = hypotheses
+            bar.update(len(rows) * len(lines) / len(pieces))
+        by_line: dict[int, list] = {number: [] for number, _ in lines}
+        for (number, _), hypotheses in zip(pieces, found):
+            by_line[number].append(hypotheses)
+        for number, parts in by_line.items():
+            ends = (part[0].tokens[-1:] for part in parts)
+            if any(end != [self.model.config.eos_id] for end in ends):
+                self.cut.append(number)
+            yield [
+                self._join([part[i] for part in parts])
+                for i in range(options.num_return)
+            ]
+        bar.refresh()
+
+    def _decode(self, pieces: list[tuple[int, list[int]]]) -> list[list[Hypothesis]]:
+        """The hypotheses of each piece (number of its line, token ids), best first."""
+        import random
+
+        options, device = self.options, next(self.model.parameters()).device
+        pad_id, count = self.model.config.pad_id, options.num_return
+        batch = data.pad_side([torch.tensor(ids) for _, ids in pieces], pad_id).to(
+            device
+        )
+        if options.beam > 1 or options.scores:
+            return beam_search(
+                self.model, batch, options.beam, options.length_penalty, count
             )
-            results = [""] * len(window)
-            for start in range(0, len(todo), batch_size):
-                rows = todo[start : start + batch_size]
-                batch = data.pad_side([ids[row] for row in rows], pad_id)
-                try:
-                    output = greedy_decode(model, batch.to(device)).cpu()
-                except ValueError as error:  # learned positions have an end
-                    raise InputError(str(error)) from None
-                for row, text in zip(
-                    rows, data.decode_ids(output, tokenizer, languages[1])
-                ):
-                    results[row] = text
-                bar.update(len(rows))
-            bar.update(len(window) - len(todo))
-            yield from results
+        if options.sample:
+            # What a line becomes depends on its number and the seed, not on its batch.
+            seeds = [
+                random.Random(f"{options.seed} {number} {i} {ids}").getrandbits(32)
+                for number, ids in pieces
+                for i in range(count)
+            ]
+            output = sample_decode(
+                self.model,
+                batch.repeat_interleave(count, dim=0),
+                seeds,
+                options.temperature,
+                options.top_p,
+            )
+        else:
+            output = greedy_decode(self.model, batch)
+        rows = [[i for i in row if i != pad_id] for row in output.tolist()]
+        return [
+            [Hypothesis(row, [], None) for row in part] for part in chunks(rows, count)
+        ]
+
+    def _join(self, parts: list[Hypothesis]) -> tuple[str, float | None]:
+        texts = data.decode_ids(
+            [part.tokens for part in parts], self.tokenizer, self.languages[1]
+        )
+        text = " ".join(text for text in texts if text)
+        if not self.options.scores:
+            return text, None
+        log_probs = [value for part in parts for value in part.log_probs]
+        return text, sum(log_probs) / max(
+            len(log_probs), 1
+        ) ** self.options.length_penalty
+
+    def first(self, lines: list[str]) -> list[str]:
+        """The best translation of each line."""
+        return [best[0][0] for best in self(lines, len(lines))]
+
+    def report(self) -> None:
+        """Say on stderr what did not go the usual way."""
+        limit = self.model.config.max_length
+        for lines, what in (
+            (self.split, f"longer than {limit} tokens and translated in pieces"),
+            (self.cut, "translated without coming to an end, and cut off"),
+        ):
+            if lines:
+                shown = ", ".join(map(str, lines[:5])) + (
+                    " ..." if len(lines) > 5 else ""
+                )
+                plural = "lines" if len(lines) > 1 else "line"
+                print(f"note: {plural} {shown}: {what}", file=sys.stderr)
 
 
-def translate_all(
-    model, tokenizer, lines: list[str], languages, batch_size: int
-) -> list[str]:
-    """`translate_lines` of a list, as a list."""
-    return list(
-        translate_lines(model, tokenizer, lines, languages, batch_size, len(lines))
+def batch_by_tokens(
+    rows: list[int], lengths: list[int], most: int
+) -> Iterator[list[int]]:
+    """Cut `rows`, sorted by rising length, into batches of at most `most` tokens, pads included."""
+    batch: list[int] = []
+    for row in rows:
+        if batch and (len(batch) + 1) * lengths[row] > most:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def load_translator(options: DecodeOptions) -> Translator:
+    """The `Translator` of a model folder."""
+    model, tokenizer, languages = load_model(
+        options.model, choose_device(options.device)
     )
+    if options.precision == "bf16":
+        model.to(torch.bfloat16)
+    return Translator(model, tokenizer, languages, options)
+
+
+def draw_attention(path: Path, translator: Translator, text: str) -> None:
+    """Cross-attention of the last decoder layer while a sentence is translated: a panel for the
+    mean over heads and one per head, source tokens across, output tokens down."""
+    from matplotlib.figure import Figure
+
+    model, tokenizer, languages = (
+        translator.model,
+        translator.tokenizer,
+        translator.languages,
+    )
+    pieces = data.split_text(
+        data.normalize(text, languages[0]), tokenizer, model.config.max_length
+    )
+    if not pieces:
+        raise InputError("--attention needs a sentence that is not empty")
+    source = pieces[0]
+    (best, *_) = translator._decode([(1, source)])[0]
+    device = next(model.parameters()).device
+    weights = cross_attention_weights(
+        model,
+        torch.tensor([source], device=device),
+        torch.tensor([best.tokens], device=device),
+    )[-1, 0]  # [H, T, S]
+    heads = len(weights)
+    labels = [
+        [tokenizer.decode([i]).strip() or repr(tokenizer.decode([i])) for i in ids]
+        for ids in (source, best.tokens)
+    ]
+    panels = [("mean of heads", weights.mean(dim=0))]
+    panels += [(f"head {i + 1}", head) for i, head in enumerate(weights)]
+    columns = min(len(panels), 3 if heads <= 5 else 5)
+    lines = math.ceil(len(panels) / columns)
+    cell = 0.28
+    width, height = (cell * len(ids) + 1.0 for ids in (source, best.tokens))
+    figure = Figure(
+        figsize=(columns * max(width, 2.2), lines * max(height, 2.0)),
+        layout="constrained",
+    )
+    for axes in figure.subplots(lines, columns, squeeze=False).flat:
+        axes.set_visible(False)
+    for (title, weight), axes in zip(panels, figure.axes):
+        axes.set_visible(True)
+        image = axes.imshow(weight.float().cpu(), cmap="Blues", vmin=0, vmax=1)
+        axes.set_title(title, fontsize=10)
+        axes.set_xticks(range(len(source)), labels[0], rotation=90, fontsize=8)
+        axes.set_yticks(range(len(best.tokens)), labels[1], fontsize=8)
+        axes.tick_params(length=0)
+    figure.colorbar(image, ax=figure.axes, shrink=0.6, label="attention")
+    write_file(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
 
 
 def score(hypotheses: list[str], references: list[str]) -> dict:
@@ -1645,11 +1859,11 @@ def describe_machine(device: torch.device) -> str:
     return f"{platform.system()} {platform.machine()}, {threads} CPU threads, float32"
 
 
-def check_report(name: str | None) -> None:
-    """InputError where --json could not be written at the end."""
+def check_report(name: str | None, flag: str = "--json") -> None:
+    """InputError where a file could not be written at the end."""
     path = Path(name).expanduser() if name else None
     if path and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise InputError(f"--json {name}: no file can be written there")
+        raise InputError(f"{flag} {name}: no file can be written there")
 
 
 # ---- commands ---------------------------------------------------------------------------------
@@ -1735,9 +1949,8 @@ def train(config: TrainConfig) -> int:
     say("loss", f"training {progress.epoch_loss:.4f}, validation {validation_loss:.4f}")
     text = prepared.validation_text
     sources, references = list(text["source"]), list(text["target"])
-    hypotheses = translate_all(
-        model.eval(), tokenizer, sources, languages, config.batch_size
-    )
+    translator = Translator(model, tokenizer, languages, DecodeOptions())
+    hypotheses = translator.first(sources)
     metrics |= score(hypotheses, references)
     write_json(output / "metrics.json", metrics)
     say_score(metrics)
@@ -1903,11 +2116,19 @@ def translate(config: TranslateConfig) -> int:
     for text in config.text:
         if not data.is_unicode(text):
             raise InputError(f"not valid UTF-8: {text!r:.60}")
-    model, tokenizer, languages = load_model(config.model, choose_device(config.device))
-    lines = config.text or stdin_lines()
+    if config.attention:
+        check_report(config.attention, "--attention")
+    translator = load_translator(config)
     sys.stdout.reconfigure(encoding="utf-8")
-    for line in translate_lines(model, tokenizer, lines, languages, config.batch_size):
-        print(line)
+    # A person who types waits for each line, a file does not.
+    window = 1 if not config.text and sys.stdin.isatty() else 0
+    for found in translator(config.text or stdin_lines(), window=window):
+        for text, score in found:
+            print(text if score is None else f"{score:.4f}\t{text}", flush=window == 1)
+    translator.report()
+    if config.attention:
+        path = Path(config.attention).expanduser()
+        draw_attention(path, translator, config.text[0])
     return 0
 
 
@@ -1917,7 +2138,8 @@ def evaluate(config: EvaluateConfig) -> int:
     check_report(config.json)
     if config.dataset == (data.PHRASEBOOK,):
         raise InputError("the demo trains on the phrasebook; give pairs of your own")
-    model, tokenizer, languages = load_model(config.model, choose_device(config.device))
+    translator = load_translator(config)
+    languages, tokenizer = translator.languages, translator.tokenizer
     batches = data.read_pairs(config.dataset, config.subset, config.split, languages)
     pairs = (pair for batch in batches for pair in zip(*batch))
     pairs = list(islice(pairs, config.num_samples))
@@ -1925,8 +2147,9 @@ def evaluate(config: EvaluateConfig) -> int:
         raise InputError(f"no pairs in {' '.join(config.dataset)}")
     sources, references = map(list, zip(*pairs))
     started = time.perf_counter()
-    hypotheses = translate_all(model, tokenizer, sources, languages, config.batch_size)
+    hypotheses = translator.first(sources)
     seconds = time.perf_counter() - started
+    translator.report()
     result = {
         "model": config.model,
         "dataset": list(config.dataset),

@@ -439,7 +439,11 @@ class TransformerSeq2SeqModel(nn.Module):
         self.decoder_norm = final_norm(config.d_model)
         self.output = Linear(config.d_model, rows, bias=False)
         self.reset_parameters()
-        if config.tie_embeddings:
+        self.tie_embeddings()
+
+    def tie_embeddings(self) -> None:
+        """Make output and embedding one parameter, if the configuration says so."""
+        if self.config.tie_embeddings:
             self.output.weight = self.embedding.weight
             # The lookup leaves the row of pad alone; the output must as well.
             self.embedding.weight.register_post_accumulate_grad_hook(self._keep_pad)
@@ -614,15 +618,13 @@ class DecoderCache:
         if not source_mask.all():
             self.source_mask = torch.zeros_like(source_mask, dtype=memory.dtype)
             self.source_mask.masked_fill_(~source_mask, -torch.inf)
-        layers = model.decoder_layers
-        self._memory = torch.stack(
-            [
-                torch.stack(layer.cross_attention.project(memory, 1, 2))
-                for layer in layers
-            ]
-        )  # [L, 2, B, H, S, Dh]
-        count, _, batch, heads, _, head_dim = self._memory.shape
-        shape = (count, 2, batch * width, heads, 16, head_dim)
+        layers, heads = model.decoder_layers, model.config.nhead
+        batch, length, size = memory.shape
+        shape = (len(layers), 2, batch, heads, length, size // heads)
+        self._memory = memory.new_empty(shape)
+        for kept, layer in zip(self._memory, layers):
+            kept[0], kept[1] = layer.cross_attention.project(memory, 1, 2)
+        shape = (len(layers), 2, batch * width, heads, 16, size // heads)
         self._past = self._memory.new_empty(shape)
         self._look_up()
         self.steps = [
@@ -833,7 +835,7 @@ class Hypothesis:
 
     tokens: list[int]  # ends in eos, unless the limit cut it off
     log_probs: list[float]  # of each token, in nats
-    score: float  # sum of log_probs / number of tokens ** length_penalty
+    score: float | None  # sum of log_probs / number of tokens ** length_penalty
 
 
 _NOWHERE = (0, 0.0, -math.inf, None)  # where no hypothesis runs
@@ -981,3 +983,34 @@ def beam_search(
                 kept = cache.drop(torch.tensor(finished, device=device)).tolist()
                 running = [running[row] for row in kept]
     return [beam.hypotheses(num_return) for beam in beams]
+
+
+# ---- looking inside ---------------------------------------------------------------------------
+
+
+def cross_attention_weights(
+    model: TransformerSeq2SeqModel, input_ids: Tensor, labels: Tensor
+) -> Tensor:
+    """Where each target position looks in the source, while the model reads `labels`.
+
+    input_ids [B, S], labels [B, T] int64 -> [L, B, H, T, S], rows that sum to 1; position t is the
+    one that writes labels[:, t].
+    """
+    found = []
+
+    def keep(module: Attention, inputs: tuple) -> None:
+        query, key, _, mask = inputs
+        scores = (query @ key.mT) * key.size(-1) ** -0.5  # [B, H, T, S]
+        found.append(scores.masked_fill(~mask, -torch.inf).softmax(dim=-1))
+
+    hooks = [
+        layer.cross_attention.register_forward_pre_hook(keep)
+        for layer in model.decoder_layers
+    ]
+    try:
+        with _decoding(model):
+            model(input_ids, shift_right(labels, model.config.pad_id))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(found)

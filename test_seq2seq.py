@@ -31,8 +31,14 @@ import run
 from data import InputError
 from positional import POSITIONAL_KINDS, sinusoidal_positional_encoding
 from seq2seq import (
+    DecoderCache,
+    Linear,
     TransformerSeq2SeqModel,
+    beam_search,
+    count_flops,
+    cross_attention_weights,
     greedy_decode,
+    sample_decode,
     sequence_loss,
     shift_right,
 )
@@ -155,21 +161,6 @@ def test_padding_cannot_change_a_sentence(kind, norm_first):
     assert torch.isfinite(model(torch.zeros_like(source), target)).all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("norm_first", [True, False])
-def test_cached_decoding_equals_the_whole_sequence_at_once(kind, norm_first):
-    model = tiny_model(positional=kind, norm_first=norm_first).eval()
-    source, target = random_ids(4, 9), random_ids(4, 12, seed=1)
-    source[1, 4:] = 0
-    memory, source_mask = model.encode(source)
-    cache = model.start_cache(memory, 12)
-    steps = [
-        model.decode_step(target[:, step], source_mask, cache, step)
-        for step in range(12)
-    ]
-    assert close(torch.stack(steps, 1), model(source, target))
-
-
 def test_forward_takes_what_the_tutorial_and_modlee_hand_in():
     model = tiny_model().eval()
     source, target = random_ids(2, 6), random_ids(2, 5)
@@ -278,6 +269,436 @@ def test_model_files_need_torch_alone():
                 module = line.split()[1].split(".")[0]
                 own = module in ("torch", "positional")
                 assert own or module in sys.stdlib_module_names, line
+
+
+# ---- the model against the references ---------------------------------------------------------
+
+
+def as_torch(model: TransformerSeq2SeqModel):
+    """(`nn.Transformer` with the weights of `model`, its names -> the parameters of `model`)."""
+    config = model.config
+    reference = torch.nn.Transformer(
+        config.d_model,
+        config.nhead,
+        config.num_encoder_layers,
+        config.num_decoder_layers,
+        config.dim_feedforward,
+        dropout=0.0,
+        batch_first=True,
+        norm_first=config.norm_first,
+    )
+    state = {}
+    for side in ("encoder", "decoder"):
+        norms = ["self_attention_norm", "feed_forward_norm"]
+        if side == "decoder":
+            norms.insert(1, "cross_attention_norm")
+        for index, layer in enumerate(getattr(model, f"{side}_layers")):
+            parts = {"self_attn": layer.self_attention}
+            if side == "decoder":
+                parts["multihead_attn"] = layer.cross_attention
+            place = f"{side}.layers.{index}"
+            for name, attention in parts.items():
+                for kind in ("weight", "bias"):
+                    state[f"{place}.{name}.in_proj_{kind}"] = getattr(
+                        attention.in_proj, kind
+                    )
+                    state[f"{place}.{name}.out_proj.{kind}"] = getattr(
+                        attention.out_proj, kind
+                    )
+            parts = {
+                f"norm{i}": getattr(layer, name) for i, name in enumerate(norms, 1)
+            }
+            parts |= {"linear1": layer.linear1, "linear2": layer.linear2}
+            if config.norm_first:
+                state[f"{side}.norm.weight"] = getattr(model, f"{side}_norm").weight
+                state[f"{side}.norm.bias"] = getattr(model, f"{side}_norm").bias
+            for name, part in parts.items():
+                state[f"{place}.{name}.weight"] = part.weight
+                state[f"{place}.{name}.bias"] = part.bias
+    if not config.norm_first:
+        reference.encoder.norm = reference.decoder.norm = None
+    reference.load_state_dict(state)
+    return reference, state
+
+
+def ragged(rows: int, length: int, seed: int = 0) -> torch.Tensor:
+    """Sentences of different lengths, padded on the right."""
+    ids = random_ids(rows, length, seed)
+    for row in range(1, rows):
+        end = max(1, length - 2 * row)
+        ids[row, end - 1 :] = 0
+        ids[row, end - 1] = 1
+    return ids
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize(
+    ("rows", "d_model", "nhead", "encoder", "decoder"),
+    [(4, 32, 4, 2, 2), (1, 24, 3, 1, 3), (5, 40, 1, 3, 1), (2, 64, 64, 1, 1)],
+)
+def test_the_same_weights_in_nn_transformer_give_the_same_logits(
+    norm_first, rows, d_model, nhead, encoder, decoder
+):
+    sizes = {"d_model": d_model, "nhead": nhead, "num_encoder_layers": encoder}
+    sizes |= {"num_decoder_layers": decoder, "norm_first": norm_first, "dropout": 0.0}
+    model = tiny_model(**sizes)
+    for name, parameter in model.named_parameters():  # biases and norms that matter
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, mean=float("norm.weight" in name), std=0.3)
+    reference, weights = as_torch(model)
+    source, target = ragged(rows, 11), ragged(rows, 9, seed=1)
+    decoder_input, pads = shift_right(target), source == 0
+    hidden = reference(
+        model.embed(source),
+        model.embed(decoder_input),
+        tgt_mask=torch.ones(9, 9, dtype=torch.bool).triu(1),
+        src_key_padding_mask=pads,
+        memory_key_padding_mask=pads,
+    )
+    expected = hidden @ model.output.weight[:50].T
+    logits = model(source, decoder_input)
+    real = target != 0  # what stands right of a sentence counts nowhere
+    assert close(logits[real], expected[real])
+
+    direction = torch.randn(int(real.sum()), 50)
+    ours = torch.autograd.grad((logits[real] * direction).sum(), list(weights.values()))
+    theirs = [dict(reference.named_parameters())[name] for name in weights]
+    theirs = torch.autograd.grad((expected[real] * direction).sum(), theirs)
+    for name, a, b in zip(weights, ours, theirs):
+        assert close(a, b, 1e-5 * max(1.0, b.abs().max().item())), name
+
+
+def learn_by_heart(**changes):
+    """(model, sources, targets): 32 pairs of different lengths, learnt until they are known."""
+    source, target = random_ids(32, 12), random_ids(32, 14, seed=1)
+    for row in range(32):
+        for ids, end in ((source, 5 + row % 7), (target, 4 + row % 10)):
+            ids[row, end] = 1
+            ids[row, end + 1 :] = 0
+    model = tiny_model(d_model=64, dropout=0.0, **changes)
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    for _ in range(150):
+        loss, tokens = sequence_loss(model(source, shift_right(target)), target)
+        optimizer.zero_grad()
+        (loss / tokens).backward()
+        optimizer.step()
+    return model.eval(), source, target
+
+
+@pytest.fixture(scope="module", params=["pre-LN", "post-LN", "untied"])
+def learnt(request):
+    changes = {"norm_first": request.param != "post-LN"}
+    return learn_by_heart(**changes, tie_embeddings=request.param != "untied")
+
+
+def save_exported(model, folder: Path) -> Path:
+    """A folder as `python run.py export` writes it, for a model without a tokenizer."""
+    tokenizer = data.numbered_tokenizer(50)
+    data.complete_tokenizer(tokenizer, 1024)
+    run.to_transformers(model).save_pretrained(folder)
+    data.save_tokenizer(tokenizer, folder)
+    return folder
+
+
+def without_pads(rows: torch.Tensor) -> list[list[int]]:
+    """Up to the first eos: transformers 5 fills up with eos where pad is 0."""
+    rows = [[i for i in row if i != 0] for row in rows.tolist()]
+    return [row[: row.index(1) + 1] if 1 in row else row for row in rows]
+
+
+def test_transformers_gives_the_same_logits_and_the_same_translations(learnt, tmp_path):
+    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+    model, source, _ = learnt
+    folder = save_exported(model, tmp_path / "hf")
+    reference = AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
+    assert AutoTokenizer.from_pretrained(folder)("7 8")["input_ids"] == [7, 8, 1]
+    # Unlearnt sentences too, where the model is in doubt.
+    source = torch.cat([source, ragged(8, 12, seed=5), ragged(8, 12, seed=6)])
+    mask = source.ne(0).long()
+    decoder_input = shift_right(ragged(48, 10, seed=7))
+    with torch.no_grad():
+        logits = reference(
+            input_ids=source, attention_mask=mask, decoder_input_ids=decoder_input
+        ).logits
+    assert close(logits[..., :50], model(source, decoder_input), 1e-4)
+    reference.generation_config.max_length = None
+    for width in (1, 4):
+        theirs = reference.generate(
+            input_ids=source, attention_mask=mask, max_new_tokens=20, num_beams=width
+        )
+        theirs = without_pads(theirs[:, 1:])
+        ours = beam_search(model, source, width, max_new_tokens=20)
+        for row, (best, *_) in enumerate(ours):
+            if best.tokens != theirs[row]:
+                # From 4.50 on transformers may stop a step earlier; it must not find better.
+                assert width > 1 and run.versions()["transformers"] >= "4.5"
+                _, score = teacher_forced(model, source[row], theirs[row])
+                assert best.score > score
+    assert without_pads(greedy_decode(model, source, 20)) == [
+        best.tokens for best, *_ in beam_search(model, source, 1, max_new_tokens=20)
+    ]
+
+
+def teacher_forced(model, source: torch.Tensor, tokens: list[int]):
+    """(log-probability of each token, their mean) of a translation."""
+    target = torch.tensor([tokens])
+    logits = model(source[source != 0][None], shift_right(target))
+    log_probs = logits.log_softmax(-1)[0].gather(1, target.T)[:, 0]
+    return log_probs.tolist(), log_probs.mean().item()
+
+
+def test_positions_unknown_to_transformers_are_refused():
+    for kind in ("learned", "rotary", "none"):
+        with pytest.raises(InputError, match=f"{kind} positions"):
+            run.to_transformers(tiny_model(positional=kind))
+
+
+def test_ctranslate2_translates_alike(learnt, tmp_path):
+    ctranslate2 = pytest.importorskip("ctranslate2")
+    from sacrebleu.metrics import BLEU
+
+    model, source, target = learnt
+    folder = save_exported(model, tmp_path / "hf")
+    converter = ctranslate2.converters.TransformersConverter(str(folder))
+    try:
+        converter.convert(str(tmp_path / "ct2"))
+    except TypeError as error:  # CTranslate2 4.7 asks for transformers 4.56
+        pytest.skip(f"this CTranslate2 cannot load from this transformers: {error}")
+    words = data.numbered_tokenizer(50).convert_ids_to_tokens
+    tokens = [words([i for i in row if i != 0]) for row in source.tolist()]
+    references = [" ".join(words(row[:-1])) for row in without_pads(target)]
+    texts = {}
+    for kind in ("float32", "int8"):
+        translator = ctranslate2.Translator(str(tmp_path / "ct2"), compute_type=kind)
+        found = translator.translate_batch(tokens, beam_size=1, max_decoding_length=20)
+        texts[kind] = [" ".join(result.hypotheses[0]) for result in found]
+    ours = [row[:-1] for row in without_pads(greedy_decode(model, source, 20))]
+    assert texts["float32"] == [" ".join(words(row)) for row in ours]
+    scores = {k: BLEU().corpus_score(v, [references]).score for k, v in texts.items()}
+    assert scores["float32"] > 90 and abs(scores["int8"] - scores["float32"]) <= 1
+
+
+def test_rotary_logits_depend_on_relative_positions_alone(monkeypatch):
+    source, target = ragged(3, 9), ragged(3, 7, seed=1)
+    for kind, hook in (("rotary", "rotate"), ("sinusoidal", "embed")):
+        model = tiny_model(positional=kind).eval()
+        before, original = model(source, target), getattr(model.positions, hook)
+        monkeypatch.setattr(
+            model.positions, hook, lambda x, offset=0, f=original: f(x, offset + 23)
+        )
+        assert close(model(source, target), before) == (kind == "rotary")
+
+
+def test_the_embedding_of_pad_is_zero_and_stays_zero(learnt):
+    model, *_ = learnt
+    assert (model.embedding.weight[0] == 0).all() and model.embedding.weight[1].any()
+
+
+# ---- decoding ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_cached_decoding_equals_the_whole_sequence_at_once(kind, norm_first):
+    """Also with two hypotheses per sentence, which a longer sequence than the first buffer holds,
+    and on the fast routes."""
+    model = tiny_model(positional=kind, norm_first=norm_first).eval()
+    source, target = ragged(4, 9), random_ids(8, 20, seed=1)
+    expected = model(source.repeat_interleave(2, dim=0), target)
+    with torch.no_grad():
+        cache = DecoderCache(model, source, width=2)
+        steps = [model.decode_step(target[:, step], cache) for step in range(20)]
+    assert close(torch.stack(steps, 1), expected)
+
+
+def test_finished_sentences_leave_and_the_others_do_not_notice():
+    model, source = tiny_model().eval(), ragged(5, 9)
+    target = random_ids(10, 12, seed=1)
+    expected = model(source.repeat_interleave(2, dim=0), target)
+    with torch.no_grad():
+        cache = DecoderCache(model, source, width=2)
+        for step in range(6):
+            model.decode_step(target[:, step], cache)
+        order = cache.drop(torch.tensor([True, False, True, False, False]))
+        assert sorted(order.tolist()) == [1, 3, 4]
+        rows = torch.stack([2 * order, 2 * order + 1], 1).flatten()
+        for step in range(6, 12):
+            logits = model.decode_step(target[rows, step], cache)
+            assert close(logits, expected[rows, step])
+
+
+def test_a_hypothesis_goes_on_from_the_past_of_another():
+    model, source = tiny_model().eval(), ragged(1, 9)
+    target = random_ids(2, 12, seed=1)
+    target[1, 6:] = target[0, 6:]
+    with torch.no_grad():
+        cache = DecoderCache(model, source, width=2)
+        for step in range(6):
+            model.decode_step(target[:, step], cache)
+        cache.copy([0], [1])
+        first, second = model.decode_step(target[:, 6], cache)
+    assert torch.equal(first, second) or close(first, second)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 33])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_fast_routes_multiply_correctly(rows, bias):
+    layer, x = Linear(300, 400, bias=bias), torch.randn(rows, 300)
+    with torch.inference_mode():
+        expected = layer(x), layer(x, 100, 280)
+        layer.prepare()
+        assert close(layer(x), expected[0]) and close(layer(x, 100, 280), expected[1])
+        assert layer(x[None]).shape == (1, rows, 400)
+        layer.release()
+
+
+@pytest.mark.parametrize("change", ["in place", "data", "replaced"])
+def test_the_fast_routes_see_every_change_of_the_weights(change):
+    layer, x = Linear(300, 400), torch.randn(8, 300)
+    for _ in range(2):
+        with torch.inference_mode():
+            layer.prepare()
+            fast = layer(x)
+            layer.release()
+            assert close(fast, layer(x))
+        with torch.no_grad():
+            if change == "in place":
+                layer.weight.mul_(2)
+            elif change == "data":
+                layer.weight.data.mul_(2)
+            else:
+                layer.weight = torch.nn.Parameter(layer.weight * 2)
+    import copy
+    import pickle
+
+    assert close(copy.deepcopy(layer)(x), layer(x))
+    assert close(pickle.loads(pickle.dumps(layer))(x), layer(x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_decodes_like_its_sentences_one_by_one(kind):
+    model, source = tiny_model(positional=kind), ragged(5, 12)
+    seeds = [3, 1, 4, 1, 5]
+    together = (
+        without_pads(greedy_decode(model, source)),
+        without_pads(sample_decode(model, source, seeds, top_p=0.9)),
+        [best.tokens for best, *_ in beam_search(model, source, 3)],
+    )
+    for row in range(5):
+        one = source[row][source[row] != 0][None]
+        assert without_pads(greedy_decode(model, one)) == [together[0][row]]
+        sampled = sample_decode(model, one, [seeds[row]], top_p=0.9)
+        assert without_pads(sampled) == [together[1][row]]
+        assert beam_search(model, one, 3)[0][0].tokens == together[2][row]
+    assert [best.tokens for best, *_ in beam_search(model, source, 1)] == together[0]
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
+def test_a_wide_beam_finds_the_best_of_all_translations(length_penalty):
+    """Every translation of up to three tokens, enumerated."""
+    from itertools import product
+
+    model, source = tiny_model(vocab_size=6, seed=4).eval(), torch.tensor([[3, 5, 1]])
+    model.embedding.weight.data *= 3  # opinions
+    best = (-math.inf, [])
+    for length in (1, 2, 3):
+        for tokens in product(range(1, 6), repeat=length):
+            whole = tokens[-1] == 1 or length == 3
+            if whole and 1 not in tokens[:-1]:
+                log_probs, _ = teacher_forced(model, source[0], list(tokens))
+                score = sum(log_probs) / length**length_penalty
+                best = max(best, (score, list(tokens)))
+    found = beam_search(model, source, 40, length_penalty, 40, max_new_tokens=3)[0]
+    assert found[0].tokens == best[1] and abs(found[0].score - best[0]) < 1e-4
+
+
+def test_hypotheses_come_sorted_with_their_scores():
+    model, source = tiny_model(), ragged(3, 9)
+    for row, hypotheses in enumerate(beam_search(model, source, 5, 0.7, 5)):
+        scores = [hypothesis.score for hypothesis in hypotheses]
+        assert scores == sorted(scores, reverse=True)
+        assert len({tuple(hypothesis.tokens) for hypothesis in hypotheses}) == 5
+        for hypothesis in hypotheses:
+            length, total = len(hypothesis.tokens), sum(hypothesis.log_probs)
+            assert abs(hypothesis.score - total / length**0.7) < 1e-5
+            model.eval()
+            log_probs, _ = teacher_forced(model, source[row], hypothesis.tokens)
+            assert np.allclose(hypothesis.log_probs, log_probs, atol=1e-4)
+    assert [len(found) for found in beam_search(model, source, 4, num_return=2)] == [
+        2
+    ] * 3
+    for beam_size, num_return in ((0, 1), (2, 3), (2, 0)):
+        with pytest.raises(ValueError, match="num_return <= beam_size"):
+            beam_search(model, source, beam_size, num_return=num_return)
+
+
+def test_samples_follow_the_distribution():
+    model, source = tiny_model().eval(), ragged(1, 6)
+    count = 4000
+    drawn = sample_decode(
+        model, source.repeat(count, 1), list(range(count)), 0.7, max_new_tokens=1
+    )
+    logits = model(source)[0, 0]
+    logits[0] = -torch.inf
+    expected = (logits / 0.7).softmax(-1)
+    observed = torch.bincount(drawn[:, 0], minlength=50) / count
+    assert (observed - expected).abs().max() < 4 * (0.25 / count) ** 0.5
+    kept = expected.sort(descending=True)
+    few = (kept.values.cumsum(0) - kept.values < 0.3).sum()
+    nucleus = sample_decode(
+        model, source.repeat(count, 1), list(range(count)), 0.7, 0.3, max_new_tokens=1
+    )
+    assert set(nucleus[:, 0].tolist()) == set(kept.indices[:few].tolist())
+    likeliest = greedy_decode(model, source)
+    assert torch.equal(sample_decode(model, source, [9], 1e-4), likeliest)
+    assert torch.equal(sample_decode(model, source, [9], 1.0, 1e-6), likeliest)
+    for temperature, top_p in ((0.0, 1.0), (1.0, 0.0), (1.0, 1.5)):
+        with pytest.raises(ValueError, match="temperature > 0"):
+            sample_decode(model, source, [0], temperature, top_p)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sentences_longer_than_any_in_training_decode(kind):
+    model, source = tiny_model(positional=kind), random_ids(2, 90)
+    if kind == "learned":
+        with pytest.raises(ValueError, match="longer than the 40 learned positions"):
+            greedy_decode(model, source)
+    else:
+        assert greedy_decode(model, source, 100).size(1) <= 100
+
+
+def test_decoding_leaves_the_model_and_the_threads_as_they_were():
+    model = tiny_model().train()
+    threads = torch.get_num_threads()
+    for decode in (greedy_decode, beam_search):
+        decode(model, ragged(2, 5))
+        with pytest.raises((RuntimeError, IndexError)):
+            decode(model, torch.full((1, 3), 99))
+        assert model.training and torch.get_num_threads() == threads
+    model(ragged(2, 5), ragged(2, 5)).sum().backward()
+
+
+def test_flops_are_those_that_torch_counts():
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = tiny_model(num_encoder_layers=3).eval()
+    counter = FlopCounterMode(display=False)
+    with counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        model(random_ids(1, 7), random_ids(1, 1))
+    assert count_flops(model.config, 7, 1) == counter.get_total_flops()
+    one, two, three = (count_flops(model.config, 7, t) for t in (1, 2, 3))
+    # A token later means one key more in each of two layers, to be scored and mixed.
+    assert (three - two) - (two - one) == 2 * 2 * 2 * 32
+
+
+def test_attention_weights_are_a_distribution_over_the_source():
+    model, source, labels = tiny_model().eval(), ragged(3, 9), ragged(3, 6, seed=1)
+    weights = cross_attention_weights(model, source, labels)
+    assert weights.shape == (2, 3, 4, 6, 9)
+    assert close(weights.sum(-1), torch.ones(2, 3, 4, 6))
+    assert (weights[:, source[:, None, None, :].expand(3, 4, 6, 9) == 0] == 0).all()
 
 
 # ---- data -------------------------------------------------------------------------------------
@@ -711,7 +1132,13 @@ def test_the_tutorial_preset_is_the_tutorial_to_the_letter():
         (["--seed", "-1"], "must be in"),
         (["--learning-rate", "nan"], "must be in"),
         (["--max-length", "1000000000"], "65536"),
-        (["translate", "--model", "x", "--batch-size", "0"], "at least 1"),
+        (["translate", "--model", "x", "--batch-tokens", "0"], "at least 1"),
+        (["translate", "--model", "x", "--num-return", "2"], "needs --sample or"),
+        (["translate", "--model", "x", "--sample", "--beam", "2"], "neither with"),
+        (["translate", "--model", "x", "--top-p", "0"], "top-p"),
+        (["translate", "--model", "x", "--attention", "a.png"], "one sentence"),
+        (["export", "--model", "x"], "required: OUTPUT"),
+        (["bench", "decode", "--beam", "0"], "at least 1"),
         (
             ["evaluate", "--model", "x", "--dataset", "y", "--num-samples", "-1"],
             "least",
@@ -863,16 +1290,158 @@ def test_translate_writes_one_line_per_line(folder):
     assert (empty.returncode, empty.stdout) == (0, "")
 
 
-def test_translate_names_the_end_of_learned_positions(folder, tmp_path, capsys):
+def test_over_long_lines_are_split_and_named(folder, tmp_path, capsys):
+    """With learned positions too, which end: nothing is lost, nothing fails."""
     config = run.TrainConfig(positional="learned")
     model = tiny_model(vocab_size=320, positional="learned")
     tokenizer = data.load_tokenizer(str(folder))
     progress = run.Progress()
     progress.train.append((1, 1.0))
     run.save_model(tmp_path / "m", model, tokenizer, config, {}, progress)
-    assert main("translate", "--model", tmp_path / "m", "one two " * 40) == 2
-    assert "longer than the 40 learned positions" in capsys.readouterr().err
+    assert main("translate", "--model", tmp_path / "m", "short", "one two " * 40) == 0
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 2
+    assert "note: line 2: longer than 40 tokens and translated in pieces" in err
+    assert "without coming to an end" in err, "an untrained model never ends"
     assert main("translate", "--model", tmp_path / "m", "a\udcff") == 2
+
+
+def test_texts_are_split_where_it_hurts_least(folder):
+    tokenizer = data.load_tokenizer(str(folder))
+
+    def split(text: str, most: int) -> list[str]:
+        pieces = data.split_text(text, tokenizer, most)
+        assert all(len(ids) <= most and ids[-1] == 1 for ids in pieces)
+        return data.decode_ids(pieces, tokenizer, "en")
+
+    sentences = ["The cat sees a dog.", "Did you see it?", "“Yes.”"]
+    text = " ".join(sentences)
+    assert split(text, 1000) == [text]
+    assert split(text, 20) == sentences
+    clauses = "The cat sleeps, the dog sleeps, the wolf sleeps, the bird sleeps."
+    pieces = split(clauses, 30)
+    assert len(pieces) > 1 and all(piece[-1] in ",." for piece in pieces)
+    assert (
+        " ".join(split("the cat sees a dog and a wolf " * 9, 12))
+        == ("the cat sees a dog and a wolf " * 9).strip()
+    )
+    assert "".join(split("x7q" * 50, 9)) == "x7q" * 50
+
+
+def test_translate_reads_a_window_at_a_time_and_keeps_the_order(folder, monkeypatch):
+    monkeypatch.setattr(run, "TRANSLATE_WINDOW", 8)
+    options = run.DecodeOptions(batch_tokens=64)
+    translator = run.Translator(*run.load_model(folder, torch.device("cpu")), options)
+    lines = [f"I see {'a dog and ' * (n % 5)}{n}." for n in range(40)]
+    seen = []
+    stream = translator(line for line in lines if not seen.append(line))
+    first = next(stream)
+    assert len(seen) == 8, "no more is read than a window"
+    found = [first, *stream]
+    alone = [translator.first([line])[0] for line in lines]
+    assert [best for ((best, _),) in found] == alone
+
+
+def test_batches_hold_no_more_tokens_than_allowed():
+    lengths = [3, 50, 4, 4, 9, 9, 9, 200]
+    rows = sorted(range(8), key=lengths.__getitem__)
+    batches = list(run.batch_by_tokens(rows, lengths, 40))
+    assert [row for batch in batches for row in batch] == rows
+    for batch in batches:
+        size = len(batch) * max(lengths[row] for row in batch)
+        assert size <= 40 or len(batch) == 1
+
+
+def test_translate_gives_the_best_of_a_beam_with_scores(folder, capsys):
+    more = ("--model", folder, "I see a dog.", "", "The cat sleeps.")
+    assert main("translate", "--beam", 4, "--num-return", 3, "--scores", *more) == 0
+    rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert len(rows) == 9, "as many lines for each line"
+    scores = [float(score) for score, _ in rows]
+    assert scores[:3] == sorted(scores[:3], reverse=True) and scores[0] < 0
+    assert [text for _, text in rows[3:6]] == [""] * 3
+    assert main("translate", "--beam", 4, *more) == 0
+    assert capsys.readouterr().out.splitlines() == [rows[0][1], "", rows[6][1]]
+    assert main("translate", "--beam", 1, *more) == 0
+    greedy = capsys.readouterr().out
+    assert main("translate", "--precision", "bf16", *more) == 0
+    assert main("translate", *more) == 0
+    assert capsys.readouterr().out.endswith(greedy)
+
+
+def test_translate_draws_samples_by_seed(folder, capsys):
+    def sample(*more) -> list[str]:
+        assert main("translate", "--model", folder, "--sample", *more) == 0
+        return capsys.readouterr().out.splitlines()
+
+    text = ("I see a dog.", "The cat sleeps.")
+    three = sample("--num-return", 3, *text)
+    assert len(set(three)) == 6, "an untrained model says something else each time"
+    assert sample("--num-return", 3, *text) == three
+    assert sample("--num-return", 3, "--batch-tokens", 1, *text) == three
+    assert sample("--seed", 1, "--num-return", 3, *text) != three
+
+
+def test_translate_draws_its_attention(folder, tmp_path, capsys):
+    picture = tmp_path / "attention.png"
+    more = ("--model", folder, "I see a dog.")
+    assert main("translate", "--attention", picture, *more) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert main("translate", "--attention", tmp_path / "no" / "a.png", *more) == 2
+    assert "--attention" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+
+def test_export_writes_a_folder_for_transformers_alone(folder, tmp_path, capsys):
+    import transformers
+
+    output = tmp_path / "hf"
+    assert main("export", "--model", folder, "--to", "hf", output) == 0
+    assert main("export", "--model", folder, "--to", "hf", output) == 2, (
+        "nothing is lost"
+    )
+    assert "exists already" in capsys.readouterr().err
+    tokenizer = transformers.AutoTokenizer.from_pretrained(output)
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(output)
+    text = "I see a dog."
+    translator = run.Translator(
+        *run.load_model(folder, torch.device("cpu")), run.DecodeOptions()
+    )
+    batch = tokenizer([text], return_tensors="pt")
+    limit = {"max_new_tokens": 2 * batch["input_ids"].size(1) + 10, "max_length": None}
+    written = model.generate(**batch, **limit)
+    assert tokenizer.batch_decode(written, skip_special_tokens=True) == [
+        translator.first([text])[0]
+    ]
+    # Spaces and composed letters as in training.
+    assert (
+        tokenizer("  I see\u00a0a  dog.")["input_ids"] == batch["input_ids"][0].tolist()
+    )
+    if (
+        int(transformers.__version__.split(".")[0]) < 5
+    ):  # which has no such pipeline any more
+        pipe = transformers.pipeline("translation", model=str(output))
+        found = pipe(text, max_new_tokens=limit["max_new_tokens"])
+        assert found[0]["translation_text"] == translator.first([text])[0]
+
+
+def test_bench_decode_compares_and_writes_its_figures(folder, tmp_path, capsys):
+    report = tmp_path / "bench.json"
+    more = ("--batch", 1, 3, "--beam", 1, 2, "--sentences", 4, "--repeats", 2)
+    more += ("--max-new-tokens", 6, "--json", report)
+    assert main("bench", "decode", "--model", folder, *more) == 0
+    found = json.loads(report.read_text())
+    arms = {row["library"] for row in found["rows"]}
+    assert {"ours", "transformers"} <= arms
+    assert len(found["rows"]) == 4 * len(arms)
+    for row in found["rows"]:
+        assert len(row["seconds"]) == 2 and row["tokens"] <= 4 * 7
+        assert row["same_output"] == 4 or row["beam"] > 1
+        assert 0 < row["share_of_floor"] < 1 and row["tokens_per_second"] > 0
+        if row["library"] == "transformers":
+            assert row["times_transformers_range"] == [1, 1]
+    assert "of floor" in capsys.readouterr().out
+    assert main("bench", "decode", "--model", folder, "--json", tmp_path) == 2
 
 
 def test_translate_refuses_what_is_no_text(folder):
