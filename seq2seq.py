@@ -119,26 +119,21 @@ class Linear(nn.Linear):
         weight = self.weight
         if weight.device.type != "cpu" or weight.dtype != torch.float32:
             return
-        # What `weight.data` changes leaves no version behind, hence a look at the first row.
+        # What `weight.data` changes leaves no version behind, hence a look at some elements.
         version = None if weight.is_inference() else weight._version
         state = (version, weight.data_ptr())
-        if (
-            self._kept is None
-            or self._kept[0] != state
-            or not torch.equal(self._kept[1], weight[0])
-        ):
-            self._kept = (state, weight[0].clone(), {})
+        sample = weight.detach().flatten()[:: max(1, weight.numel() // 64)]
+        kept = self._kept
+        if kept is None or kept[0] != state or not torch.equal(kept[1], sample):
+            self._kept = (state, sample.clone(), {})
         self._routes = self._kept[2]
 
     def release(self) -> None:
         self._routes = None
 
     def __getstate__(self) -> dict:
-        return {
-            **self.__dict__,
-            "_routes": None,
-            "_kept": None,
-        }  # blocked copies stay here
+        # The copies are for this process, and oneDNN's cannot be pickled.
+        return {**self.__dict__, "_routes": None, "_kept": None}
 
     def forward(self, x: Tensor, start: int = 0, size: int | None = None) -> Tensor:
         """x [..., K] -> [..., size]: rows `start` to `start + size` of the weights; None: all."""
@@ -164,18 +159,18 @@ class Linear(nn.Linear):
         return self.weight[rows], None if self.bias is None else self.bias[rows]
 
     def _route(self, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-        plain = partial(F.linear, weight=weight, bias=bias)
+        many = partial(F.linear, weight=weight, bias=bias)
         if weight.numel() < self.SMALL:
-            return plain
-        # torch's own compiler calls these two; there is no public name for them.
+            return many
+        # What torch's own compiler calls; it has no public name, so it may be missing.
         if torch.backends.mkldnn.is_available() and hasattr(
             torch.ops.mkldnn, "_linear_pointwise"
         ):
-            apply = torch.ops.mkldnn._linear_pointwise
+            onednn = torch.ops.mkldnn._linear_pointwise
             packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
-            many = lambda x: apply(x, packed, bias, "none", [], "")
-        else:
-            many = plain
+
+            def many(x: Tensor) -> Tensor:
+                return onednn(x, packed, bias, "none", [], "")
 
         def route(x: Tensor) -> Tensor:
             rows = x.numel() // x.size(-1)
@@ -754,9 +749,8 @@ def _decode_rows(
         next_ids = torch.full_like(rows, config.pad_id)  # the start token
         for step in range(steps):
             logits = model.decode_step(next_ids, cache)  # [B', V]
-            logits.select(1, config.pad_id).fill_(
-                -torch.inf
-            )  # the start is no translation
+            # The start token is no translation.
+            logits.select(1, config.pad_id).fill_(-torch.inf)
             next_ids = choose(logits, rows, step)
             output[rows, step] = next_ids
             finished = (next_ids == config.eos_id) | (step + 1 >= limits)
@@ -812,6 +806,8 @@ def sample_decode(
         raise ValueError(
             f"need temperature > 0 and 0 < top_p <= 1, got {temperature} and {top_p}"
         )
+    if len(seeds) != len(input_ids):
+        raise ValueError(f"{len(seeds)} seeds for {len(input_ids)} sentences")
     steps = int(_limits(model, input_ids, max_new_tokens).max())
     draws = torch.stack(
         [torch.rand(steps, generator=torch.Generator().manual_seed(s)) for s in seeds]
@@ -962,18 +958,16 @@ def beam_search(
             shape = (len(running), -1)  # [R, 2K + 1] -> [B, K * (2K + 1)]
             totals = (best + sums[:, None]).view(shape)
             totals, order = totals.topk(min(2 * beam_size, totals.size(1)), dim=-1)
-            columns = (
-                totals.tolist(),
-                best.view(shape).gather(1, order).tolist(),
-                (order // spare).tolist(),
-                tokens.view(shape).gather(1, order).tolist(),
-            )
+            best = best.view(shape).gather(1, order)
+            tokens = tokens.view(shape).gather(1, order)
+            # To Python, where a sentence is a small affair: two transfers a step.
+            numbers = torch.stack([totals, best]).tolist()
+            places = torch.stack([order // spare, tokens]).tolist()
             source, destination = [], []
             for row, beam in enumerate(running):
-                candidates = list(zip(*(column[row] for column in columns)))
-                for place, target in beam.advance(
-                    candidates, cache.length, config.eos_id
-                ):
+                columns = (column[row] for column in (*numbers, *places))
+                moves = beam.advance(list(zip(*columns)), cache.length, config.eos_id)
+                for place, target in moves:
                     source.append(row * beam_size + place)
                     destination.append(row * beam_size + target)
             if source:
