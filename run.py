@@ -1348,16 +1348,14 @@ class Translator:
     What is longer than the model was trained for is split at the ends of sentences, clauses or
     words, and translated in pieces.
 
-    Attributes: split, cut: numbers of the lines (from 1) that were split, and of those where a
-    translation did not end and was cut off.
+    Attributes: notes: what happened -> (how many lines, numbers of the first of them, from 1).
     """
 
     def __init__(self, model, tokenizer, languages: tuple[str, str], options):
         """options: a `DecodeOptions`."""
         self.model, self.tokenizer, self.languages = model, tokenizer, languages
         self.options = options
-        self.split: list[int] = []
-        self.cut: list[int] = []
+        self.notes: dict[str, tuple[int, list[int]]] = {}
 
     def __call__(
         self, lines: Iterable[str], total: int | None = None, window: int = 0
@@ -1380,7 +1378,7 @@ class Translator:
             text = data.normalize(line, self.languages[0])
             parts = data.split_text(text, self.tokenizer, limit) if text else []
             if len(parts) > 1:
-                self.split.append(number)
+                self._note(f"longer than {limit} tokens, translated in pieces", number)
             pieces += [(number, ids) for ids in parts]
         order = sorted(range(len(pieces)), key=lambda i: len(pieces[i][1]))
         found: list[list[Hypothesis]] = [[] for _ in pieces]
@@ -1398,7 +1396,7 @@ class Translator:
         for number, parts in by_line.items():
             ends = (part[0].tokens[-1:] for part in parts)
             if any(end != [self.model.config.eos_id] for end in ends):
-                self.cut.append(number)
+                self._note("the translation did not end and was cut off", number)
             yield [
                 self._join([part[i] for part in parts])
                 for i in range(options.num_return)
@@ -1457,17 +1455,16 @@ class Translator:
 
     def report(self) -> None:
         """Say on stderr what did not go the usual way."""
-        limit = self.model.config.max_length
-        for lines, what in (
-            (self.split, f"longer than {limit} tokens and translated in pieces"),
-            (self.cut, "translated without coming to an end, and cut off"),
-        ):
-            if lines:
-                shown = ", ".join(map(str, lines[:5])) + (
-                    " ..." if len(lines) > 5 else ""
-                )
-                plural = "lines" if len(lines) > 1 else "line"
-                print(f"note: {plural} {shown}: {what}", file=sys.stderr)
+        for what, (count, first) in self.notes.items():
+            numbers = ", ".join(map(str, first)) + (
+                " ..." if count > len(first) else ""
+            )
+            lines = f"line {numbers}" if count == 1 else f"{count:,} lines ({numbers})"
+            print(f"note: {lines}: {what}", file=sys.stderr)
+
+    def _note(self, what: str, number: int) -> None:
+        count, first = self.notes.get(what, (0, []))
+        self.notes[what] = (count + 1, (first + [number])[:5])
 
 
 def batch_by_tokens(

@@ -1301,8 +1301,8 @@ def test_over_long_lines_are_split_and_named(folder, tmp_path, capsys):
     assert main("translate", "--model", tmp_path / "m", "short", "one two " * 40) == 0
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 2
-    assert "note: line 2: longer than 40 tokens and translated in pieces" in err
-    assert "without coming to an end" in err, "an untrained model never ends"
+    assert "note: line 2: longer than 40 tokens, translated in pieces" in err
+    assert "note: 2 lines (1, 2): the translation did not end" in err, "untrained"
     assert main("translate", "--model", tmp_path / "m", "a\udcff") == 2
 
 
