@@ -182,8 +182,10 @@ class DecodeOptions:
 
     def __post_init__(self) -> None:
         check_counts(self, "beam", "batch_tokens")
-        if not math.isfinite(self.length_penalty):
-            raise ValueError("--length-penalty must be a number")
+        if self.beam > 1000:
+            raise ValueError("--beam must not be above 1000")
+        if not -10 <= self.length_penalty <= 10:
+            raise ValueError("--length-penalty must be in [-10, 10]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +198,8 @@ class TranslateConfig(DecodeOptions):
     )
     num_return: int = option(1, "translations per line, each on a line of its own")
     scores: bool = option(
-        False, "put the score, in nats per token, and a tab before each translation"
+        False,
+        "put log-probability / length ^ penalty and a tab before each translation",
     )
     sample: bool = option(False, "draw translations at random; not with --beam")
     temperature: float = option(1.0, "of --sample: below 1 safer, above 1 bolder")
@@ -215,7 +218,7 @@ class TranslateConfig(DecodeOptions):
             raise ValueError("--sample goes neither with --beam nor with --scores")
         if not self.sample and self.num_return > self.beam:
             raise ValueError("--num-return needs --sample or a --beam as large")
-        if not (self.temperature > 0 and 0 < self.top_p <= 1):
+        if not (0 < self.temperature < math.inf and 0 < self.top_p <= 1):
             raise ValueError("--temperature must be above 0, --top-p in (0, 1]")
         if self.attention is not None and (len(self.text) != 1 or self.sample):
             raise ValueError("--attention needs one sentence as argument, not --sample")
@@ -1361,15 +1364,28 @@ class Translator:
         self, lines: Iterable[str], total: int | None = None, window: int = 0
     ) -> Iterator[list[tuple[str, float | None]]]:
         """For every line, in order, its `num_return` translations (text, score), best first; the
-        score is None unless asked for. An empty line stays empty. `window`: lines to wait for."""
+        score is None unless asked for. An empty line stays empty. `window`: lines to wait for.
+
+        Should `lines` fail, what came before is translated first.
+        """
         from itertools import islice
 
         from tqdm import tqdm
 
         numbered = enumerate(lines, 1)
         with tqdm(desc="translate", total=total, unit="line", disable=None) as bar:
-            while part := list(islice(numbered, window or TRANSLATE_WINDOW)):
+            failure = None
+            while failure is None:
+                part = []
+                try:
+                    part.extend(islice(numbered, window or TRANSLATE_WINDOW))
+                except InputError as error:
+                    failure = error
                 yield from self._translate(part, bar)
+                if not part:
+                    break
+            if failure:
+                raise failure
 
     def _translate(self, lines: list[tuple[int, str]], bar) -> Iterator[list]:
         options, limit = self.options, self.model.config.max_length
@@ -1442,7 +1458,7 @@ class Translator:
             [part.tokens for part in parts], self.tokenizer, self.languages[1]
         )
         text = " ".join(text for text in texts if text)
-        if not self.options.scores:
+        if not self.options.scores or not parts:
             return text, None
         log_probs = [value for part in parts for value in part.log_probs]
         return text, sum(log_probs) / max(
@@ -1539,6 +1555,7 @@ def draw_attention(path: Path, translator: Translator, text: str) -> None:
         axes.set_yticks(range(len(best.tokens)), labels[1], fontsize=8)
         axes.tick_params(length=0)
     figure.colorbar(image, ax=figure.axes, shrink=0.6, label="attention")
+    figure.suptitle("where each output token (row) looked, last decoder layer")
     write_file(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
 
 
@@ -1712,31 +1729,37 @@ def synchronize(device: torch.device) -> None:
 
 def memory_peak(device: torch.device, reset: bool = False) -> int | None:
     """Peak memory in bytes since the last reset: of the device, or of this process on Linux."""
+    import ctypes
+
     if device.type == "cuda":
         if reset:
             torch.cuda.reset_peak_memory_stats()
         return torch.cuda.max_memory_allocated()
     try:
         if reset:
+            # Give back what others have freed, or this one would seem to need nothing.
+            ctypes.CDLL(None).malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")
         status = Path("/proc/self/status").read_text()
-    except OSError:  # no Linux
+    except (OSError, AttributeError):  # no Linux, or another libc
         return None
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
-def floor_seconds(config: Seq2SeqConfig, batch, outputs, beam: int, rates) -> float:
+def floor_seconds(
+    config: Seq2SeqConfig, batch, outputs, beam: int, limit: int, rates
+) -> float:
     """What decoding a batch would take if nothing but its arithmetic, or nothing but reading the
     decoder's weights once a step, cost time: the larger of the two."""
+    lengths = [min(len(output) + 1, limit) for output in outputs]
     flops = sum(
-        count_flops(config, len(ids), len(output) + 1, beam)
-        for ids, output in zip(batch, outputs)
+        count_flops(config, len(ids), length, beam)
+        for ids, length in zip(batch, lengths)
     )
     size = config.d_model
     layer = 6 * size**2 + 2 * size * config.dim_feedforward
     weights = config.num_decoder_layers * layer + size * config.vocab_size
-    steps = max(len(output) + 1 for output in outputs)
-    return max(flops / rates[0], 4 * weights * steps / rates[1])
+    return max(flops / rates[0], 4 * weights * max(lengths) / rates[1])
 
 
 def bench_decode(config: BenchDecodeConfig) -> int:
@@ -1773,9 +1796,13 @@ def bench_decode(config: BenchDecodeConfig) -> int:
             before = memory_peak(device, reset=True)
             outputs[name] = run(name, batches, beam)[1]
             peaks[name] = before and memory_peak(device) - before
-        tokens = sum(len(row) + 1 for row in outputs["ours"])
+        tokens = sum(
+            min(len(row) + 1, config.max_new_tokens) for row in outputs["ours"]
+        )
         floor = sum(
-            floor_seconds(model.config, part, output, beam, rates)
+            floor_seconds(
+                model.config, part, output, beam, config.max_new_tokens, rates
+            )
             for part, output in zip(batches, chunks(outputs["ours"], batch))
         )
         seconds = {name: [] for name in arms}
@@ -1795,7 +1822,7 @@ def bench_decode(config: BenchDecodeConfig) -> int:
                     "same_output": sum(
                         map(list.__eq__, outputs[name], outputs["ours"])
                     ),
-                    "tokens": tokens,
+                    "tokens": tokens,  # eos included, where there is one
                     "tokens_per_second": round(tokens / median(taken), 1),
                     "ms_per_sentence": round(median(taken) / count * 1e3, 3),
                     "times_transformers": round(median(ratios), 2),
@@ -2121,7 +2148,9 @@ def translate(config: TranslateConfig) -> int:
     window = 1 if not config.text and sys.stdin.isatty() else 0
     for found in translator(config.text or stdin_lines(), window=window):
         for text, score in found:
-            print(text if score is None else f"{score:.4f}\t{text}", flush=window == 1)
+            if config.scores:
+                text = f"{'' if score is None else format(score, '.4f')}\t{text}"
+            print(text, flush=window == 1)
     translator.report()
     if config.attention:
         path = Path(config.attention).expanduser()

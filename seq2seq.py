@@ -115,17 +115,27 @@ class Linear(nn.Linear):
         self._kept: tuple | None = None  # (state of the weights, routes of last time)
 
     def prepare(self) -> None:
-        """Take the fast routes from now on; the weights must not change before `release`."""
+        """Take the fast routes from now on; the weights must not change before `release`.
+
+        What changed since last time is noticed, but for a few elements edited through `.data`,
+        which leaves no trace: of large weights only some elements are compared.
+        """
         weight = self.weight
         if weight.device.type != "cpu" or weight.dtype != torch.float32:
             return
-        # What `weight.data` changes leaves no version behind, hence a look at some elements.
-        version = None if weight.is_inference() else weight._version
-        state = (version, weight.data_ptr())
-        sample = weight.detach().flatten()[:: max(1, weight.numel() // 64)]
+        state, sample = [], []
+        for tensor in (weight, self.bias):
+            if tensor is not None:
+                version = None if tensor.is_inference() else tensor._version
+                state.append((version, tensor.data_ptr()))
+                stride = (
+                    tensor.numel() // 256 | 1
+                )  # odd, to meet rows and columns alike
+                sample.append(tensor.detach().flatten()[::stride])
+        sample = torch.cat(sample)
         kept = self._kept
         if kept is None or kept[0] != state or not torch.equal(kept[1], sample):
-            self._kept = (state, sample.clone(), {})
+            self._kept = (state, sample, {})
         self._routes = self._kept[2]
 
     def release(self) -> None:
@@ -680,6 +690,8 @@ def _limits(
 ) -> Tensor:
     """How many tokens each row may write, [B] int64."""
     config = model.config
+    if not input_ids.numel():
+        raise ValueError(f"nothing to decode: input_ids is {list(input_ids.shape)}")
     if max_new_tokens is None:
         limits = 2 * input_ids.ne(config.pad_id).sum(dim=1) + 10
     elif max_new_tokens < 1:
@@ -694,11 +706,13 @@ def _limits(
 @contextlib.contextmanager
 def _decoding(model: TransformerSeq2SeqModel) -> Iterator[None]:
     """Eval mode without gradients on the fast routes, and the former state afterwards."""
-    was_training, threads = model.training, torch.get_num_threads()
+    modules, threads = list(model.modules()), torch.get_num_threads()
+    modes = [module.training for module in modules]
+    layers = [module for module in modules if isinstance(module, Linear)]
     model.eval()
-    layers = [module for module in model.modules() if isinstance(module, Linear)]
     try:
-        with torch.inference_mode():
+        # Autocast knows nothing of oneDNN's own products.
+        with torch.inference_mode(), torch.autocast("cpu", enabled=False):
             for layer in layers:
                 layer.prepare()
             yield
@@ -706,7 +720,8 @@ def _decoding(model: TransformerSeq2SeqModel) -> Iterator[None]:
         torch.set_num_threads(threads)
         for layer in layers:
             layer.release()
-        model.train(was_training)
+        for module, mode in zip(modules, modes):
+            module.training = mode
 
 
 def _choose_threads(model: TransformerSeq2SeqModel, rows: int, threads: int) -> None:
@@ -802,7 +817,7 @@ def sample_decode(
 
     Returns: [B, T] int64, as `greedy_decode`. Raises ValueError for values out of range.
     """
-    if temperature <= 0 or not 0 < top_p <= 1:
+    if not (0 < temperature < math.inf and 0 < top_p <= 1):
         raise ValueError(
             f"need temperature > 0 and 0 < top_p <= 1, got {temperature} and {top_p}"
         )
@@ -814,7 +829,8 @@ def sample_decode(
     ).to(input_ids.device)  # [B, T]
 
     def draw(logits: Tensor, rows: Tensor, step: int) -> Tensor:
-        scaled = logits.float() / temperature
+        logits = logits.float()
+        scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
         share, ids = scaled.softmax(dim=-1).sort(dim=-1, descending=True)
         total = share.cumsum(dim=-1)  # [B', V]
         kept = (total - share < top_p).sum(dim=-1, keepdim=True)  # at least one
@@ -939,6 +955,8 @@ def beam_search(
         raise ValueError(
             f"need 1 <= num_return <= beam_size, got {num_return} and {beam_size}"
         )
+    if not -10 <= length_penalty <= 10:
+        raise ValueError(f"length_penalty must be in [-10, 10], got {length_penalty}")
     config = model.config
     limits = _limits(model, input_ids, max_new_tokens).tolist()
     beams = [_Beam(beam_size, length_penalty, limit, config.pad_id) for limit in limits]

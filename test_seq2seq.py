@@ -34,6 +34,7 @@ from seq2seq import (
     DecoderCache,
     Linear,
     TransformerSeq2SeqModel,
+    _Beam,
     beam_search,
     count_flops,
     cross_attention_weights,
@@ -553,25 +554,36 @@ def test_the_fast_routes_multiply_correctly(rows, bias):
         layer.release()
 
 
-@pytest.mark.parametrize("change", ["in place", "data", "replaced"])
-def test_the_fast_routes_see_every_change_of_the_weights(change):
-    layer, x = Linear(300, 400), torch.randn(8, 300)
-    for _ in range(2):
-        with torch.inference_mode():
-            layer.prepare()
-            fast = layer(x)
-            layer.release()
-            assert close(fast, layer(x))
-        with torch.no_grad():
-            if change == "in place":
-                layer.weight.mul_(2)
-            elif change == "data":
-                layer.weight.data.mul_(2)
-            else:
-                layer.weight = torch.nn.Parameter(layer.weight * 2)
+def test_the_fast_routes_see_changes_of_weights_and_biases():
     import copy
     import pickle
 
+    layer, x = Linear(300, 400), torch.randn(8, 300)
+
+    def check() -> None:
+        with torch.inference_mode():
+            layer.prepare()
+            fast = layer(x), layer(x, 100, 250)
+            layer.release()
+            assert close(fast[0], layer(x), 1e-4)
+            assert close(fast[1], layer(x, 100, 250), 1e-4)
+
+    check()
+    with torch.no_grad():
+        layer.weight.mul_(2)
+        check()
+        layer.bias.add_(1)
+    check()
+    layer.weight.data[:, 100:130].mul_(-5)
+    check()
+    layer.weight.data[200:210].mul_(-5)
+    check()
+    layer.bias.data = torch.randn(400)
+    check()
+    layer.weight = torch.nn.Parameter(layer.weight * 2)
+    check()
+    layer.bias = torch.nn.Parameter(layer.bias * 2)
+    check()
     assert close(copy.deepcopy(layer)(x), layer(x))
     assert close(pickle.loads(pickle.dumps(layer))(x), layer(x))
 
@@ -653,7 +665,8 @@ def test_samples_follow_the_distribution():
     likeliest = greedy_decode(model, source)
     assert torch.equal(sample_decode(model, source, [9], 1e-4), likeliest)
     assert torch.equal(sample_decode(model, source, [9], 1.0, 1e-6), likeliest)
-    for temperature, top_p in ((0.0, 1.0), (1.0, 0.0), (1.0, 1.5)):
+    assert torch.equal(sample_decode(model, source, [9], 1e-39), likeliest)
+    for temperature, top_p in ((0.0, 1.0), (math.inf, 1.0), (1.0, 0.0), (1.0, 1.5)):
         with pytest.raises(ValueError, match="temperature > 0"):
             sample_decode(model, source, [0], temperature, top_p)
 
@@ -677,6 +690,43 @@ def test_decoding_leaves_the_model_and_the_threads_as_they_were():
             decode(model, torch.full((1, 3), 99))
         assert model.training and torch.get_num_threads() == threads
     model(ragged(2, 5), ragged(2, 5)).sum().backward()
+    model.encoder_layers.eval()
+    greedy_decode(model, ragged(2, 5))
+    assert model.training and not model.encoder_layers[0].training
+    with pytest.raises(ValueError, match="nothing to decode"):
+        greedy_decode(model, torch.zeros(0, 3, dtype=torch.long))
+
+
+def test_decoding_works_inside_autocast():
+    model, source = tiny_model(d_model=256), ragged(8, 9)
+    expected = greedy_decode(model, source)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(greedy_decode(model, source), expected)
+
+
+def test_only_the_best_candidates_may_end():
+    """Twice the beam are looked at, so that enough go on; of those that end, only the ones within
+    the beam count. By hand: a beam of two, eos is 1."""
+    beam = _Beam(width=2, length_penalty=1.0, limit=9, start_id=0)
+    first = [(-0.1, -0.1, 0, 5), (-0.2, -0.2, 0, 6), (-0.3, -0.3, 0, 1), (-9, -9, 0, 7)]
+    assert beam.advance(first, 1, eos_id=1) == [(0, 1)], "the second branches off"
+    assert not beam.ended, "the end of rank three is dropped"
+    second = [
+        (-0.4, -0.3, 1, 1),
+        (-0.5, -0.4, 0, 8),
+        (-0.6, -0.5, 0, 9),
+        (-9, -9, 1, 7),
+    ]
+    assert beam.advance(second, 2, eos_id=1) == [(0, 1)]
+    assert [score for score, _ in beam.ended] == [-0.2] and not beam.finished
+    third = [(-0.7, -0.2, 0, 1), (-0.8, -0.2, 1, 5), (-9, -9, 0, 6), (-9, -9, 1, 7)]
+    assert beam.advance(third, 3, eos_id=1) == []
+    # Both places of the list are taken, by -0.2 and -0.7 / 3; nothing that runs beats the worse.
+    assert [round(score, 4) for score, _ in beam.ended] == [-0.2, -0.2333]
+    assert beam.finished
+    best, other = beam.hypotheses(2)
+    assert (best.tokens, best.log_probs) == ([6, 1], [-0.2, -0.3])
+    assert other.tokens == [5, 8, 1]
 
 
 def test_flops_are_those_that_torch_counts():
@@ -1139,6 +1189,9 @@ def test_the_tutorial_preset_is_the_tutorial_to_the_letter():
         (["translate", "--model", "x", "--attention", "a.png"], "one sentence"),
         (["export", "--model", "x"], "required: OUTPUT"),
         (["bench", "decode", "--beam", "0"], "at least 1"),
+        (["translate", "--model", "x", "--length-penalty", "nan"], "length-penalty"),
+        (["translate", "--model", "x", "--temperature", "inf"], "temperature"),
+        (["translate", "--model", "x", "--beam", "2000000"], "not be above 1000"),
         (
             ["evaluate", "--model", "x", "--dataset", "y", "--num-samples", "-1"],
             "least",
@@ -1357,9 +1410,9 @@ def test_translate_gives_the_best_of_a_beam_with_scores(folder, capsys):
     assert main("translate", "--beam", 4, "--num-return", 3, "--scores", *more) == 0
     rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
     assert len(rows) == 9, "as many lines for each line"
-    scores = [float(score) for score, _ in rows]
-    assert scores[:3] == sorted(scores[:3], reverse=True) and scores[0] < 0
-    assert [text for _, text in rows[3:6]] == [""] * 3
+    scores = [float(score) for score, _ in rows[:3]]
+    assert scores == sorted(scores, reverse=True) and scores[0] < 0
+    assert rows[3:6] == [["", ""]] * 3
     assert main("translate", "--beam", 4, *more) == 0
     assert capsys.readouterr().out.splitlines() == [rows[0][1], "", rows[6][1]]
     assert main("translate", "--beam", 1, *more) == 0
@@ -1448,6 +1501,7 @@ def test_translate_refuses_what_is_no_text(folder):
     more = {"input": b"fine\n\xff\xfe\n", "text": False, "encoding": None}
     done = command("translate", "--model", folder, **more)
     assert done.returncode == 2
+    assert done.stdout.count(b"\n") == 1, "the line before it is translated"
     assert (
         done.stderr.decode()
         .splitlines()[-1]
