@@ -1628,10 +1628,10 @@ def reference_case(config: BenchDecodeConfig, device: torch.device):
     return model, tokenizer, data.encode_texts(texts, tokenizer)
 
 
-def libraries(model, tokenizer, config: BenchDecodeConfig) -> dict[str, Callable]:
-    """Name -> function (ids of a batch, beam size) -> token ids of each translation, no eos."""
+def libraries(model, tokenizer, config: BenchDecodeConfig):
+    """(ours, name -> function that loads a rival): what is loaded, like ours, is a function
+    (ids of a batch, beam size) -> token ids of each translation without eos."""
     import importlib.util
-    import tempfile
 
     import transformers
 
@@ -1668,9 +1668,18 @@ def libraries(model, tokenizer, config: BenchDecodeConfig) -> dict[str, Callable
         )[:, 1:].tolist()
         return [cut([i for i in row if i != model_config.pad_id]) for row in output]
 
-    arms = {"ours": ours, "transformers": generate}
-    if importlib.util.find_spec("ctranslate2") is None or device.type == "mps":
-        return arms
+    rivals = {"transformers": lambda: generate}
+    if importlib.util.find_spec("ctranslate2") is not None and device.type != "mps":
+        rivals["ctranslate2"] = lambda: load_ctranslate2(
+            exported, tokenizer, limit, device
+        )
+    return ours, rivals
+
+
+def load_ctranslate2(exported, tokenizer, limit: int, device: torch.device) -> Callable:
+    """CTranslate2 as an entry of `libraries`, by its own converter of an exported folder."""
+    import tempfile
+
     import ctranslate2
 
     with tempfile.TemporaryDirectory() as folder:
@@ -1695,7 +1704,7 @@ def libraries(model, tokenizer, config: BenchDecodeConfig) -> dict[str, Callable
         )
         return [tokenizer.convert_tokens_to_ids(r.hypotheses[0]) for r in results]
 
-    return arms | {"ctranslate2": translate}
+    return translate
 
 
 def machine_rates(device: torch.device) -> tuple[float, float]:
@@ -1763,6 +1772,11 @@ def floor_seconds(
 
 
 def bench_decode(config: BenchDecodeConfig) -> int:
+    """Ours and each rival in turn, pair by pair.
+
+    The rivals come one after the other: once CTranslate2's threads are there, torch's no longer
+    wait in readiness for the next operation, which costs ours and `generate` up to half their speed.
+    """
     from statistics import median
 
     from tqdm import tqdm
@@ -1770,71 +1784,65 @@ def bench_decode(config: BenchDecodeConfig) -> int:
     check_report(config.json)
     device = choose_device(config.device)
     model, tokenizer, sentences = reference_case(config, device)
-    arms = libraries(model, tokenizer, config)
+    ours, rivals = libraries(model, tokenizer, config)
     rates = machine_rates(device)
     cases = [(batch, beam) for batch in config.batch for beam in config.beam]
     rows = []
-    bar = tqdm(total=len(cases) * (config.repeats + 1) * len(arms), disable=None)
+    total = len(cases) * len(rivals) * 2 * (config.repeats + 1)
+    bar = tqdm(desc="bench", total=total, unit="run", disable=None)
 
-    def run(name: str, batches: list, beam: int) -> tuple[float, list]:
-        time.sleep(
-            0.3
-        )  # until the idle threads of the library before have stopped spinning
+    def run(library: Callable, batches: list, beam: int) -> tuple[float, list]:
+        time.sleep(0.3)  # until the threads of the library before have gone to sleep
         started = time.perf_counter()
-        outputs = [arms[name](rows, beam) for rows in batches]
+        outputs = [library(rows, beam) for rows in batches]
         synchronize(device)
         seconds = time.perf_counter() - started
         bar.update()
         return seconds, [row for output in outputs for row in output]
 
-    for batch, beam in cases:
-        batches = list(chunks(sentences, batch))[:16]
-        count = sum(map(len, batches))
+    def first_run(
+        library: Callable, batches: list, beam: int
+    ) -> tuple[list, float | None]:
+        """(outputs, MiB more than before at the peak); also warms up."""
+        before = memory_peak(device, reset=True)
+        outputs = run(library, batches, beam)[1]
+        return outputs, before and round((memory_peak(device) - before) / 2**20, 1)
 
-        outputs, peaks = {}, {}
-        for name in arms:  # also warms up
-            before = memory_peak(device, reset=True)
-            outputs[name] = run(name, batches, beam)[1]
-            peaks[name] = before and memory_peak(device) - before
-        tokens = sum(
-            min(len(row) + 1, config.max_new_tokens) for row in outputs["ours"]
-        )
-        floor = sum(
-            floor_seconds(
-                model.config, part, output, beam, config.max_new_tokens, rates
+    for name, load in rivals.items():
+        rival = load()
+        for batch, beam in cases:
+            batches = list(chunks(sentences, batch))[:16]
+            found, peak = first_run(ours, batches, beam)
+            rival_found, rival_peak = first_run(rival, batches, beam)
+            seconds, rival_seconds = [], []
+            for turn in range(config.repeats):
+                order = [(ours, seconds), (rival, rival_seconds)]
+                for library, times in order if turn % 2 == 0 else reversed(order):
+                    times.append(run(library, batches, beam)[0])
+            limit = config.max_new_tokens
+            floor = sum(
+                floor_seconds(model.config, part, output, beam, limit, rates)
+                for part, output in zip(batches, chunks(found, batch))
             )
-            for part, output in zip(batches, chunks(outputs["ours"], batch))
-        )
-        seconds = {name: [] for name in arms}
-        for turn in range(config.repeats):
-            names = list(arms)
-            for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                seconds[name].append(run(name, batches, beam)[0])
-        for name in arms:
-            taken = seconds[name]
-            ratios = [a / b for a, b in zip(seconds["transformers"], taken)]
-            rows.append(
-                {
-                    "batch": batch,
-                    "beam": beam,
-                    "library": name,
-                    "sentences": count,
-                    "same_output": sum(
-                        map(list.__eq__, outputs[name], outputs["ours"])
-                    ),
-                    "tokens": tokens,  # eos included, where there is one
+            tokens = sum(min(len(row) + 1, limit) for row in found)  # with eos
+            ratios = [theirs / mine for mine, theirs in zip(seconds, rival_seconds)]
+            row = {"batch": batch, "beam": beam, "library": name}
+            row |= {"sentences": len(found), "tokens": tokens}
+            row["same_output"] = sum(map(list.__eq__, found, rival_found))
+            row["ours_times_faster"] = round(median(ratios), 2)
+            row["ours_times_faster_range"] = [round(f(ratios), 2) for f in (min, max)]
+            for who, taken, extra in (
+                ("ours", seconds, peak),
+                ("theirs", rival_seconds, rival_peak),
+            ):
+                row[who] = {
                     "tokens_per_second": round(tokens / median(taken), 1),
-                    "ms_per_sentence": round(median(taken) / count * 1e3, 3),
-                    "times_transformers": round(median(ratios), 2),
-                    "times_transformers_range": [
-                        round(min(ratios), 2),
-                        round(max(ratios), 2),
-                    ],
+                    "ms_per_sentence": round(median(taken) / len(found) * 1e3, 3),
                     "share_of_floor": round(floor / median(taken), 3),
-                    "peak_extra_mib": peaks[name] and round(peaks[name] / 2**20, 1),
+                    "peak_extra_mib": extra,
                     "seconds": [round(value, 5) for value in taken],
                 }
-            )
+            rows.append(row)
     bar.close()
     report = {
         "command": " ".join(["python", "run.py", *sys.argv[1:]]),
@@ -1853,17 +1861,21 @@ def bench_decode(config: BenchDecodeConfig) -> int:
     )
     say("sentences", f"{len(sentences)}, at most {config.max_new_tokens} tokens each")
     print(
-        "\nbatch  beam  library       same     tok/s  ms/sentence  x generate (range)"
-        "   of floor  +MiB"
+        "\n                             tok/s          ms/sentence        of floor"
+        "         +MiB\nbatch  beam  against  same    ours  theirs    ours  theirs  ours"
+        "  theirs  ours  theirs  ours is faster (range)"
     )
     for row in rows:
-        low, high = row["times_transformers_range"]
+        mine, theirs = row["ours"], row["theirs"]
+        low, high = row["ours_times_faster_range"]
         print(
-            f"{row['batch']:5}  {row['beam']:4}  {row['library']:12} "
-            f"{row['same_output']:5}  {row['tokens_per_second']:8,.0f}  "
-            f"{row['ms_per_sentence']:11.2f}  {row['times_transformers']:4.2f} "
-            f"({low:.2f} to {high:.2f}) {row['share_of_floor']:9.0%}  "
-            f"{row['peak_extra_mib'] or 0:5.0f}"
+            f"{row['batch']:5}  {row['beam']:4}  {row['library'][:7]:7} "
+            f"{row['same_output']:5}  "
+            f"{mine['tokens_per_second']:6.0f}  {theirs['tokens_per_second']:6.0f}  "
+            f"{mine['ms_per_sentence']:6.1f}  {theirs['ms_per_sentence']:6.1f}  "
+            f"{mine['share_of_floor']:4.0%}  {theirs['share_of_floor']:6.0%}  "
+            f"{mine['peak_extra_mib'] or 0:4.0f}  {theirs['peak_extra_mib'] or 0:6.0f}  "
+            f"{row['ours_times_faster']:.2f} x ({low:.2f} to {high:.2f})"
         )
     if config.json:
         write_json(Path(config.json).expanduser(), report)
