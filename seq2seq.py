@@ -123,6 +123,9 @@ class Linear(nn.Linear):
         weight = self.weight
         if weight.device.type != "cpu" or weight.dtype != torch.float32:
             return
+        if weight.numel() < self.SMALL:  # nothing is copied, nothing can be outdated
+            self._routes = {}
+            return
         state, sample = [], []
         for tensor in (weight, self.bias):
             if tensor is not None:
@@ -169,9 +172,10 @@ class Linear(nn.Linear):
         return self.weight[rows], None if self.bias is None else self.bias[rows]
 
     def _route(self, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-        many = partial(F.linear, weight=weight, bias=bias)
+        plain = many = partial(F.linear, weight=weight, bias=bias)
         if weight.numel() < self.SMALL:
-            return many
+            return plain
+        few_is_plain = weight.numel() < 4 * self.SMALL  # at home in a core's cache
         # What torch's own compiler calls; it has no public name, so it may be missing.
         if torch.backends.mkldnn.is_available() and hasattr(
             torch.ops.mkldnn, "_linear_pointwise"
@@ -186,6 +190,8 @@ class Linear(nn.Linear):
             rows = x.numel() // x.size(-1)
             if rows > 4:
                 return many(x)
+            if few_is_plain:
+                return plain(x)
             flat = x.reshape(rows, -1)
             if rows == 1:
                 flat = flat.repeat(2, 1)
@@ -365,7 +371,7 @@ class DecoderLayer(_Layer):
         )
         norm_self, norm_cross, norm_forward = (
             partial(
-                F.layer_norm,
+                torch.layer_norm,
                 normalized_shape=norm.normalized_shape,
                 weight=norm.weight,
                 bias=norm.bias,
@@ -777,7 +783,7 @@ def _decode_rows(
     limits = _limits(model, input_ids, max_new_tokens)
     with _decoding(model):
         cache = _start(model, input_ids, width=1)
-        steps = int(limits.max())
+        shortest, steps = int(limits.min()), int(limits.max())
         output = input_ids.new_full((len(input_ids), steps), config.pad_id)
         rows = torch.arange(len(input_ids), device=input_ids.device)  # still running
         next_ids = torch.full_like(rows, config.pad_id)  # the start token
@@ -787,7 +793,9 @@ def _decode_rows(
             logits.select(1, config.pad_id).fill_(-torch.inf)
             next_ids = choose(logits, rows, step)
             output[rows, step] = next_ids
-            finished = (next_ids == config.eos_id) | (step + 1 >= limits)
+            finished = next_ids == config.eos_id
+            if step + 1 >= shortest:
+                finished |= step + 1 >= limits
             if finished.any():
                 order = cache.drop(finished)
                 if not len(order):
