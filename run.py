@@ -6,9 +6,11 @@
     python run.py --loop raw --no-modlee             the hand-written loop over the same model
     python run.py translate --model DIR              lines on stdin -> lines on stdout
     python run.py evaluate --model DIR --dataset pairs.tsv
+    python run.py export --model DIR --to hf OUT     the same model for transformers and CTranslate2
+    python run.py bench decode --model DIR           decoding speed beside theirs
 
 The file reads from top to bottom: settings and command line, what both loops share, the raw loop,
-the Lightning loop, Modlee, the model folder, and the three commands.
+the Lightning loop, Modlee, the model folder, export, translating, bench, and the other commands.
 """
 
 import os
@@ -364,6 +366,7 @@ from seq2seq import (
     TransformerSeq2SeqModel,
     beam_search,
     count_flops,
+    count_step_weights,
     cross_attention_weights,
     greedy_decode,
     sample_decode,
@@ -1765,10 +1768,8 @@ def floor_seconds(
         count_flops(config, len(ids), length, beam)
         for ids, length in zip(batch, lengths)
     )
-    size = config.d_model
-    layer = 6 * size**2 + 2 * size * config.dim_feedforward
-    weights = config.num_decoder_layers * layer + size * config.vocab_size
-    return max(flops / rates[0], 4 * weights * max(lengths) / rates[1])
+    read = 4 * count_step_weights(config) * max(lengths)  # bytes, float32
+    return max(flops / rates[0], read / rates[1])
 
 
 def bench_decode(config: BenchDecodeConfig) -> int:

@@ -102,9 +102,10 @@ class Linear(nn.Linear):
 
     A decoding step multiplies large matrices by few columns, where BLAS gets a fraction of what
     the machine can do. Between `prepare` and `release`, without gradients and in float32:
-      up to 4 tokens: W x^T, never with a single column; bound by reading W, two to seven times
-        as fast as x W^T (measured with MKL: 32100 x 512 by 4 columns, 3.0 instead of 11 ms);
-      more: oneDNN on a copy of the weights in its blocked layout, made at the first use.
+      up to 4 tokens and weights too large for a core's cache: W x^T, never with a single column;
+        bound by reading W, two to seven times as fast as x W^T (measured with MKL: 32100 x 512
+        by 4 columns, 3.0 instead of 11 ms);
+      more tokens: oneDNN on a copy of the weights in its blocked layout, made at the first use.
     """
 
     SMALL = 2**16  # elements; below, the detour costs more than it saves
@@ -567,6 +568,13 @@ def count_flops(
     return int(2 * products)
 
 
+def count_step_weights(config: Seq2SeqConfig) -> int:
+    """Elements of the matrices that one decoding step reads: the decoder's, but for the projections
+    of the source, and the output's."""
+    layer = 6 * config.d_model**2 + 2 * config.d_model * config.dim_feedforward
+    return config.num_decoder_layers * layer + config.d_model * config.vocab_size
+
+
 # ---- loss -------------------------------------------------------------------------------------
 
 
@@ -750,9 +758,7 @@ def _decoding(model: TransformerSeq2SeqModel) -> Iterator[None]:
 
 def _choose_threads(model: TransformerSeq2SeqModel, rows: int, threads: int) -> None:
     """One CPU thread for small steps, which are done before a second one has woken up."""
-    config = model.config
-    layer = 6 * config.d_model**2 + 2 * config.d_model * config.dim_feedforward
-    weights = config.num_decoder_layers * layer + config.d_model * config.vocab_size
+    weights = count_step_weights(model.config)
     is_small = weights < 2**22 and rows * weights < 2**28
     torch.set_num_threads(1 if is_small else threads)
 
@@ -932,8 +938,8 @@ class _Beam:
                 self.chains[place] = chain
             else:
                 later.append((place, chain))
-        empty = (place for place in range(self.width) if self.chains[place] is None)
-        for (place, chain), target in zip(later, list(empty)):
+        empty = [place for place in range(self.width) if self.chains[place] is None]
+        for (place, chain), target in zip(later, empty):
             self.chains[target] = chain
             moves.append((place, target))
         return moves
