@@ -32,6 +32,7 @@ import typing
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import MISSING, dataclass, field
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 # ---- settings ---------------------------------------------------------------------------------
@@ -1397,7 +1398,7 @@ class Translator:
             text = data.normalize(line, self.languages[0])
             parts = data.split_text(text, self.tokenizer, limit) if text else []
             if len(parts) > 1:
-                self._note(f"longer than {limit} tokens, translated in pieces", number)
+                self.note(f"longer than {limit} tokens, translated in pieces", number)
             pieces += [(number, ids) for ids in parts]
         order = sorted(range(len(pieces)), key=lambda i: len(pieces[i][1]))
         found: list[list[Hypothesis]] = [[] for _ in pieces]
@@ -1406,7 +1407,7 @@ class Translator:
             [len(ids) for _, ids in pieces],
             options.batch_tokens // options.width,
         ):
-            for row, hypotheses in zip(rows, self._decode([pieces[i] for i in rows])):
+            for row, hypotheses in zip(rows, self.decode([pieces[i] for i in rows])):
                 found[row] = hypotheses
             bar.update(len(rows) * len(lines) / len(pieces))
         by_line: dict[int, list] = {number: [] for number, _ in lines}
@@ -1415,14 +1416,14 @@ class Translator:
         for number, parts in by_line.items():
             ends = (part[0].tokens[-1:] for part in parts)
             if any(end != [self.model.config.eos_id] for end in ends):
-                self._note("the translation did not end and was cut off", number)
+                self.note("the translation did not end and was cut off", number)
             yield [
                 self._join([part[i] for part in parts])
                 for i in range(options.num_return)
             ]
         bar.refresh()
 
-    def _decode(self, pieces: list[tuple[int, list[int]]]) -> list[list[Hypothesis]]:
+    def decode(self, pieces: list[tuple[int, list[int]]]) -> list[list[Hypothesis]]:
         """The hypotheses of each piece (number of its line, token ids), best first."""
         import random
 
@@ -1472,16 +1473,18 @@ class Translator:
         """The best translation of each line."""
         return [best[0][0] for best in self(lines, len(lines))]
 
-    def report(self) -> None:
-        """Say on stderr what did not go the usual way."""
+    def report(self, unit: str = "line") -> None:
+        """Say on stderr what did not go the usual way. `unit`: what was counted."""
         for what, (count, first) in self.notes.items():
             numbers = ", ".join(map(str, first)) + (
                 " ..." if count > len(first) else ""
             )
-            lines = f"line {numbers}" if count == 1 else f"{count:,} lines ({numbers})"
-            print(f"note: {lines}: {what}", file=sys.stderr)
+            which = (
+                f"{unit} {numbers}" if count == 1 else f"{count:,} {unit}s ({numbers})"
+            )
+            print(f"note: {which}: {what}", file=sys.stderr)
 
-    def _note(self, what: str, number: int) -> None:
+    def note(self, what: str, number: int) -> None:
         count, first = self.notes.get(what, (0, []))
         self.notes[what] = (count + 1, (first + [number])[:5])
 
@@ -1525,8 +1528,10 @@ def draw_attention(path: Path, translator: Translator, text: str) -> None:
     )
     if not pieces:
         raise InputError("--attention needs a sentence that is not empty")
+    if len(pieces) > 1:
+        translator.note(f"the picture shows the first of {len(pieces)} pieces", 1)
     source = pieces[0]
-    (best, *_) = translator._decode([(1, source)])[0]
+    (best, *_) = translator.decode([(1, source)])[0]
     device = next(model.parameters()).device
     weights = cross_attention_weights(
         model,
@@ -1631,75 +1636,78 @@ def reference_case(config: BenchDecodeConfig, device: torch.device):
     return model, tokenizer, data.encode_texts(texts, tokenizer)
 
 
-def libraries(model, tokenizer, config: BenchDecodeConfig):
-    """(ours, name -> function that loads a rival): what is loaded, like ours, is a function
-    (ids of a batch, beam size) -> token ids of each translation without eos."""
-    import importlib.util
+# A library to compare, loaded: (ids of a batch, beam size) -> ids of each translation without eos.
+Decoder = Callable[[list[list[int]], int], list[list[int]]]
 
+
+def load_ours(model, tokenizer, limit: int, threads: int) -> Decoder:
+    """greedy_decode and beam_search."""
+    torch.set_num_threads(threads)
+    pad_id, eos_id = model.config.pad_id, model.config.eos_id
+    device = next(model.parameters()).device
+
+    def decode(rows: list[list[int]], beam: int) -> list[list[int]]:
+        input_ids = pad_rows(rows, pad_id, device)
+        if beam == 1:
+            output = greedy_decode(model, input_ids, limit).tolist()
+            return [without_ends(row, pad_id, eos_id) for row in output]
+        found = beam_search(model, input_ids, beam, max_new_tokens=limit)
+        return [without_ends(best.tokens, pad_id, eos_id) for best, *_ in found]
+
+    return decode
+
+
+def load_transformers(model, tokenizer, limit: int, threads: int) -> Decoder:
+    """`generate`, with its cache, of the exported model."""
     import transformers
 
+    torch.set_num_threads(threads)
     transformers.logging.set_verbosity_error()
-    model_config, device = model.config, next(model.parameters()).device
-    limit, eos_id = config.max_new_tokens, model_config.eos_id
-
-    def cut(row: list[int]) -> list[int]:
-        return row[: row.index(eos_id)] if eos_id in row else row
-
-    def pad(rows: list[list[int]]) -> Tensor:
-        rows = [torch.tensor(row) for row in rows]
-        return data.pad_side(rows, model_config.pad_id).to(device)
-
-    def ours(rows: list[list[int]], beam: int) -> list[list[int]]:
-        if beam == 1:
-            output = greedy_decode(model, pad(rows), limit).tolist()
-            return [cut([i for i in row if i != model_config.pad_id]) for row in output]
-        found = beam_search(model, pad(rows), beam, max_new_tokens=limit)
-        return [cut(best.tokens) for best, *_ in found]
-
+    pad_id, eos_id = model.config.pad_id, model.config.eos_id
+    device = next(model.parameters()).device
     exported = to_transformers(model).to(device)
     exported.generation_config.max_length = None  # max_new_tokens decides
 
     @torch.inference_mode()
-    def generate(rows: list[list[int]], beam: int) -> list[list[int]]:
-        input_ids = pad(rows)
+    def decode(rows: list[list[int]], beam: int) -> list[list[int]]:
+        input_ids = pad_rows(rows, pad_id, device)
         output = exported.generate(
             input_ids=input_ids,
-            attention_mask=input_ids.ne(model_config.pad_id).long(),
+            attention_mask=input_ids.ne(pad_id).long(),
             max_new_tokens=limit,
             num_beams=beam,
             do_sample=False,
-        )[:, 1:].tolist()
-        return [cut([i for i in row if i != model_config.pad_id]) for row in output]
+        )[:, 1:].tolist()  # without the start token
+        return [without_ends(row, pad_id, eos_id) for row in output]
 
-    rivals = {"transformers": lambda: generate}
-    if importlib.util.find_spec("ctranslate2") is not None and device.type != "mps":
-        rivals["ctranslate2"] = lambda: load_ctranslate2(
-            exported, tokenizer, limit, device
-        )
-    return ours, rivals
+    return decode
 
 
-def load_ctranslate2(exported, tokenizer, limit: int, device: torch.device) -> Callable:
-    """CTranslate2 as an entry of `libraries`, by its own converter of an exported folder."""
+def load_ctranslate2(model, tokenizer, limit: int, threads: int) -> Decoder:
+    """CTranslate2, by its own converter of the exported folder."""
     import tempfile
 
     import ctranslate2
+    import transformers
+    from transformers.utils import logging
 
+    transformers.logging.set_verbosity_error()
+    logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         source, converted = os.path.join(folder, "hf"), os.path.join(folder, "ct2")
-        exported.save_pretrained(source)
+        to_transformers(model).save_pretrained(source)
         data.complete_tokenizer(tokenizer, EXPORTED_POSITIONS)
         data.save_tokenizer(tokenizer, Path(source))
         ctranslate2.converters.TransformersConverter(source).convert(converted)
         translator = ctranslate2.Translator(
             converted,
-            device=device.type,
+            device=next(model.parameters()).device.type,
             compute_type="float32",
             inter_threads=1,
-            intra_threads=torch.get_num_threads(),
+            intra_threads=threads,
         )
 
-    def translate(rows: list[list[int]], beam: int) -> list[list[int]]:
+    def decode(rows: list[list[int]], beam: int) -> list[list[int]]:
         results = translator.translate_batch(
             [tokenizer.convert_ids_to_tokens(row) for row in rows],
             beam_size=beam,
@@ -1707,7 +1715,115 @@ def load_ctranslate2(exported, tokenizer, limit: int, device: torch.device) -> C
         )
         return [tokenizer.convert_tokens_to_ids(r.hypotheses[0]) for r in results]
 
-    return translate
+    return decode
+
+
+LIBRARIES = {
+    "ours": load_ours,
+    "transformers": load_transformers,
+    "ctranslate2": load_ctranslate2,
+}
+
+
+def pad_rows(rows: list[list[int]], pad_id: int, device: torch.device) -> Tensor:
+    """[B, S] int64."""
+    return data.pad_side([torch.tensor(row) for row in rows], pad_id).to(device)
+
+
+def without_ends(row: list[int], pad_id: int, eos_id: int) -> list[int]:
+    row = [token for token in row if token != pad_id]
+    return row[: row.index(eos_id)] if eos_id in row else row
+
+
+def serve_library(name: str, config: BenchDecodeConfig, pipe) -> None:
+    """A library in this process, which is its own: says None once loaded (or an InputError), then
+    answers (batch size, beam size, passes) until the other end closes.
+
+    Without passes it is the first run: (outputs, seconds, MiB more than before at the peak). With
+    passes: seconds of one, the mean of several over the same batches.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # for the process that asks
+    device, threads = choose_device(config.device), torch.get_num_threads()
+    # CTranslate2 ends up with torch's OpenMP. Had torch started threads of its own, all together
+    # would count as too many for the cores and fall asleep after every operation, which makes a
+    # small model twenty times as slow.
+    torch.set_num_threads(1)
+    try:
+        model, tokenizer, sentences = reference_case(config, device)
+        library = LIBRARIES[name](model, tokenizer, config.max_new_tokens, threads)
+    except InputError as error:
+        pipe.send(error)
+        return
+    pipe.send(None)
+
+    def decode(batches: list) -> tuple[list, float]:
+        started = time.perf_counter()
+        outputs = [output for rows in batches for output in library(rows, beam)]
+        synchronize(device)
+        return outputs, time.perf_counter() - started
+
+    with contextlib.suppress(EOFError):
+        while True:
+            batch, beam, passes = pipe.recv()
+            batches = bench_batches(sentences, batch)
+            if not passes:
+                before = memory_peak(device, reset=True)
+                outputs, seconds = decode(batches)
+                peak = before and round((memory_peak(device) - before) / 2**20, 1)
+                pipe.send((outputs, seconds, peak))
+                continue
+            warm = (
+                time.perf_counter() + 0.2
+            )  # threads and caches had time to fall asleep
+            while time.perf_counter() < warm:
+                decode([batches[0][:1]])
+            pipe.send(decode(batches * passes)[1] / passes)
+
+
+def bench_batches(sentences: list, batch: int) -> list[list]:
+    return list(chunks(sentences, batch))[:16]
+
+
+@contextlib.contextmanager
+def serve_libraries(config: BenchDecodeConfig) -> Iterator[dict[str, Callable]]:
+    """name -> function (batch size, beam size, passes) -> answer of `serve_library`.
+
+    One process each, because their threads get in each other's way.
+    """
+    import importlib.util
+    import multiprocessing
+
+    context = multiprocessing.get_context("spawn")
+    names = [
+        name for name in LIBRARIES if name == "ours" or importlib.util.find_spec(name)
+    ]
+    if choose_device(config.device).type == "mps":
+        names.remove("ctranslate2")
+    processes, pipes = [], {}
+
+    def answer(name: str, *question: int):
+        if question:
+            pipes[name].send(question)
+        try:
+            found = pipes[name].recv()
+        except EOFError:
+            raise RuntimeError(f"{name} died; what it said stands above") from None
+        if isinstance(found, InputError):
+            raise found
+        return found
+
+    try:
+        for name in names:
+            pipes[name], other_end = context.Pipe()
+            arguments = (name, config, other_end)
+            processes.append(context.Process(target=serve_library, args=arguments))
+            processes[-1].start()
+            other_end.close()
+            answer(name)
+        yield {name: partial(answer, name) for name in names}
+    finally:
+        for process in processes:
+            process.kill()
 
 
 def machine_rates(device: torch.device) -> tuple[float, float]:
@@ -1773,78 +1889,70 @@ def floor_seconds(
 
 
 def bench_decode(config: BenchDecodeConfig) -> int:
-    """Ours and each rival in turn, pair by pair.
-
-    The rivals come one after the other: once CTranslate2's threads are there, torch's no longer
-    wait in readiness for the next operation, which costs ours and `generate` up to half their speed.
-    """
+    """Every library in turn, round by round."""
     from statistics import median
 
     from tqdm import tqdm
 
     check_report(config.json)
     device = choose_device(config.device)
-    model, tokenizer, sentences = reference_case(config, device)
-    ours, rivals = libraries(model, tokenizer, config)
+    model, _, sentences = reference_case(config, device)
     rates = machine_rates(device)
     cases = [(batch, beam) for batch in config.batch for beam in config.beam]
     rows = []
-    total = len(cases) * len(rivals) * 2 * (config.repeats + 1)
-    bar = tqdm(desc="bench", total=total, unit="run", disable=None)
-
-    def run(library: Callable, batches: list, beam: int) -> tuple[float, list]:
-        time.sleep(0.3)  # until the threads of the library before have gone to sleep
-        started = time.perf_counter()
-        outputs = [library(rows, beam) for rows in batches]
-        synchronize(device)
-        seconds = time.perf_counter() - started
-        bar.update()
-        return seconds, [row for output in outputs for row in output]
-
-    def first_run(
-        library: Callable, batches: list, beam: int
-    ) -> tuple[list, float | None]:
-        """(outputs, MiB more than before at the peak); also warms up."""
-        before = memory_peak(device, reset=True)
-        outputs = run(library, batches, beam)[1]
-        return outputs, before and round((memory_peak(device) - before) / 2**20, 1)
-
-    for name, load in rivals.items():
-        rival = load()
+    with (
+        serve_libraries(config) as libraries,
+        tqdm(
+            desc="bench",
+            total=len(cases) * len(libraries) * (config.repeats + 1),
+            unit="run",
+            disable=None,
+        ) as bar,
+    ):
         for batch, beam in cases:
-            batches = list(chunks(sentences, batch))[:16]
-            found, peak = first_run(ours, batches, beam)
-            rival_found, rival_peak = first_run(rival, batches, beam)
-            seconds, rival_seconds = [], []
+            outputs, peaks, first = {}, {}, {}
+            for name, ask in libraries.items():
+                outputs[name], first[name], peaks[name] = ask(batch, beam, 0)
+                bar.update()
+            # A stall weighs less in a longer window.
+            passes = math.ceil(0.5 / first["ours"])
+            seconds = {name: [] for name in libraries}
             for turn in range(config.repeats):
-                order = [(ours, seconds), (rival, rival_seconds)]
-                for library, times in order if turn % 2 == 0 else reversed(order):
-                    times.append(run(library, batches, beam)[0])
-            limit = config.max_new_tokens
+                order = list(libraries)
+                for name in order if turn % 2 == 0 else reversed(order):
+                    seconds[name].append(libraries[name](batch, beam, passes))
+                    bar.update()
+            limit, found = config.max_new_tokens, outputs["ours"]
             floor = sum(
                 floor_seconds(model.config, part, output, beam, limit, rates)
-                for part, output in zip(batches, chunks(found, batch))
+                for part, output in zip(
+                    bench_batches(sentences, batch), chunks(found, batch)
+                )
             )
             tokens = sum(min(len(row) + 1, limit) for row in found)  # with eos
-            ratios = [theirs / mine for mine, theirs in zip(seconds, rival_seconds)]
-            row = {"batch": batch, "beam": beam, "library": name}
-            row |= {"sentences": len(found), "tokens": tokens}
-            row["same_output"] = sum(map(list.__eq__, found, rival_found))
-            row["ours_times_faster"] = round(median(ratios), 2)
-            row["ours_times_faster_range"] = [round(f(ratios), 2) for f in (min, max)]
-            for who, taken, extra in (
-                ("ours", seconds, peak),
-                ("theirs", rival_seconds, rival_peak),
-            ):
-                row[who] = {
-                    "tokens_per_second": round(tokens / median(taken), 1),
-                    "ms_per_sentence": round(median(taken) / len(found) * 1e3, 3),
-                    "share_of_floor": round(floor / median(taken), 3),
-                    "peak_extra_mib": extra,
-                    "seconds": [round(value, 5) for value in taken],
-                }
-            rows.append(row)
-    bar.close()
+            for name, taken in seconds.items():
+                ratios = [theirs / mine for mine, theirs in zip(seconds["ours"], taken)]
+                middle = median(taken)
+                rows.append(
+                    {
+                        "batch": batch,
+                        "beam": beam,
+                        "library": name,
+                        "sentences": len(found),
+                        "same_output": sum(map(list.__eq__, found, outputs[name])),
+                        "tokens": tokens,
+                        "tokens_per_second": round(tokens / middle, 1),
+                        "ms_per_sentence": round(middle / len(found) * 1e3, 3),
+                        "share_of_floor": round(floor / middle, 3),
+                        "peak_extra_mib": peaks[name],
+                        "ours_times_faster": round(median(ratios), 2),
+                        "ours_times_faster_range": [
+                            round(function(ratios), 2) for function in (min, max)
+                        ],
+                        "passes": passes,
+                        "seconds": [round(value, 5) for value in taken],
+                    }
+                )
     report = {
         "command": " ".join(["python", "run.py", *sys.argv[1:]]),
         "machine": describe_machine(device),
@@ -1862,21 +1970,19 @@ def bench_decode(config: BenchDecodeConfig) -> int:
     )
     say("sentences", f"{len(sentences)}, at most {config.max_new_tokens} tokens each")
     print(
-        "\n                             tok/s          ms/sentence        of floor"
-        "         +MiB\nbatch  beam  against  same    ours  theirs    ours  theirs  ours"
-        "  theirs  ours  theirs  ours is faster (range)"
+        "\nbatch  beam  library       same  tokens/s  ms/sentence  of floor   +MiB"
+        "  ours is faster (range)"
     )
     for row in rows:
-        mine, theirs = row["ours"], row["theirs"]
         low, high = row["ours_times_faster_range"]
+        ratio = f"  {row['ours_times_faster']:.2f} x ({low:.2f} to {high:.2f})"
         print(
-            f"{row['batch']:5}  {row['beam']:4}  {row['library'][:7]:7} "
-            f"{row['same_output']:5}  "
-            f"{mine['tokens_per_second']:6.0f}  {theirs['tokens_per_second']:6.0f}  "
-            f"{mine['ms_per_sentence']:6.1f}  {theirs['ms_per_sentence']:6.1f}  "
-            f"{mine['share_of_floor']:4.0%}  {theirs['share_of_floor']:6.0%}  "
-            f"{mine['peak_extra_mib'] or 0:4.0f}  {theirs['peak_extra_mib'] or 0:6.0f}  "
-            f"{row['ours_times_faster']:.2f} x ({low:.2f} to {high:.2f})"
+            f"{row['batch']:5}  {row['beam']:4}  {row['library']:12}"
+            f"  {row['same_output']:4}"
+            f"  {row['tokens_per_second']:8.0f}  {row['ms_per_sentence']:11.1f}"
+            f"  {row['share_of_floor']:8.0%}  {row['peak_extra_mib'] or 0:5.0f}"
+            + ratio
+            * (row["library"] != "ours")
         )
     if config.json:
         write_json(Path(config.json).expanduser(), report)
@@ -1988,6 +2094,7 @@ def train(config: TrainConfig) -> int:
     sources, references = list(text["source"]), list(text["target"])
     translator = Translator(model, tokenizer, languages, DecodeOptions())
     hypotheses = translator.first(sources)
+    translator.report("pair")
     metrics |= score(hypotheses, references)
     write_json(output / "metrics.json", metrics)
     say_score(metrics)
@@ -2164,10 +2271,10 @@ def translate(config: TranslateConfig) -> int:
             if config.scores:
                 text = f"{'' if score is None else format(score, '.4f')}\t{text}"
             print(text, flush=window == 1)
-    translator.report()
     if config.attention:
         path = Path(config.attention).expanduser()
         draw_attention(path, translator, config.text[0])
+    translator.report()
     return 0
 
 
@@ -2188,7 +2295,7 @@ def evaluate(config: EvaluateConfig) -> int:
     started = time.perf_counter()
     hypotheses = translator.first(sources)
     seconds = time.perf_counter() - started
-    translator.report()
+    translator.report("pair")
     result = {
         "model": config.model,
         "dataset": list(config.dataset),

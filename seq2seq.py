@@ -108,7 +108,9 @@ class Linear(nn.Linear):
       more tokens: oneDNN on a copy of the weights in its blocked layout, made at the first use.
     """
 
-    SMALL = 2**16  # elements; below, the detour costs more than it saves
+    SMALL = (
+        2**18
+    )  # elements, 1 MiB: at home in a core's cache, where F.linear is as fast
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -122,10 +124,8 @@ class Linear(nn.Linear):
         which leaves no trace: of large weights only some elements are compared.
         """
         weight = self.weight
-        if weight.device.type != "cpu" or weight.dtype != torch.float32:
-            return
-        if weight.numel() < self.SMALL:  # nothing is copied, nothing can be outdated
-            self._routes = {}
+        is_large = weight.numel() >= self.SMALL
+        if not is_large or weight.device.type != "cpu" or weight.dtype != torch.float32:
             return
         state, sample = [], []
         for tensor in (weight, self.bias):
@@ -167,16 +167,13 @@ class Linear(nn.Linear):
         return self._routes[start, size]
 
     def _part(self, start: int, size: int | None) -> tuple[Tensor, Tensor | None]:
-        if size is None:
+        if size is None or size == self.out_features:
             return self.weight, self.bias
         rows = slice(start, start + size)
         return self.weight[rows], None if self.bias is None else self.bias[rows]
 
     def _route(self, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-        plain = many = partial(F.linear, weight=weight, bias=bias)
-        if weight.numel() < self.SMALL:
-            return plain
-        few_is_plain = weight.numel() < 4 * self.SMALL  # at home in a core's cache
+        many = partial(F.linear, weight=weight, bias=bias)
         # What torch's own compiler calls; it has no public name, so it may be missing.
         if torch.backends.mkldnn.is_available() and hasattr(
             torch.ops.mkldnn, "_linear_pointwise"
@@ -191,8 +188,6 @@ class Linear(nn.Linear):
             rows = x.numel() // x.size(-1)
             if rows > 4:
                 return many(x)
-            if few_is_plain:
-                return plain(x)
             flat = x.reshape(rows, -1)
             if rows == 1:
                 flat = flat.repeat(2, 1)
@@ -520,7 +515,7 @@ class TransformerSeq2SeqModel(nn.Module):
         for step in cache.steps:
             x = step(x)
         cache.length += 1
-        return self.project(self.decoder_norm(x))
+        return cache.project(self.decoder_norm(x))
 
     def project(self, hidden: Tensor) -> Tensor:
         """hidden [..., D] -> logits [..., V]. The rows that only fill up the matrix stay out."""
@@ -629,7 +624,7 @@ class DecoderCache:
         memory: per layer, keys and values of the source, computed once: 2 x [B, H, S, Dh].
         source_mask: [B, 1, 1, S] float, what to add to attention scores; None without pads.
         width: K. length: tokens decoded so far, T.
-        steps: the layers as functions of the newest token, in order.
+        steps, project: the layers, in order, and the output as functions of the newest token.
 
     The hypotheses' own keys and values are written in place, at position T of a buffer
     [L, 2, R, H, capacity, Dh] for L layers. Capacity doubles when it is used up.
@@ -663,75 +658,77 @@ class DecoderCache:
             self.source_mask.masked_fill_(~mask, -torch.inf)
         shape = (len(layers), 2, batch * width, heads, 16, head_dim)
         self._past = self._memory.new_empty(shape)
-        self._look_up()
+        self.memory = [layer.unbind() for layer in self._memory]
         self.steps = [
             layer.stepper(index, self, model.positions)
             for index, layer in enumerate(layers)
         ]
-
-    def _look_up(self) -> None:
-        """Views per layer, made once and not at every step."""
-        self.memory = [layer.unbind() for layer in self._memory]
-        self.past = [layer.unbind() for layer in self._past]
+        self.project = model.output.route(0, config.vocab_size)
 
     def reserve(self) -> None:
-        """Make room for one more token."""
-        if self.length == self._past.size(4):
+        """Make room for one more token, at the end of all keys and values so far."""
+        length = self.length
+        if length == self._past.size(4):
             self._past = torch.cat([self._past, torch.empty_like(self._past)], dim=4)
-            self._look_up()
+        past = self._past.flatten(0, 1)  # [2L, R, H, capacity, Dh]
+        self._newest = past.narrow(3, length, 1).unbind()  # 2L x [R, H, 1, Dh]
+        self._so_far = past.narrow(3, 0, length + 1).unbind()  # 2L x [R, H, T + 1, Dh]
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keep key and value [R, H, 1, Dh] of the newest token; all so far: 2 x [R, H, T + 1, Dh]."""
-        length = self.length
-        keys, values = self.past[layer]
-        keys.narrow(2, length, 1).copy_(key)
-        values.narrow(2, length, 1).copy_(value)
-        return keys.narrow(2, 0, length + 1), values.narrow(2, 0, length + 1)
+        keys, values = 2 * layer, 2 * layer + 1
+        self._newest[keys].copy_(key)
+        self._newest[values].copy_(value)
+        return self._so_far[keys], self._so_far[values]
 
     def copy(self, source: list[int], destination: list[int]) -> None:
         """Row `destination[i]` goes on from the past of row `source[i]`. No row may be both."""
         past = self._past[..., : self.length, :]
         past[:, :, destination] = past[:, :, source]
 
-    def drop(self, finished: Tensor) -> Tensor:
-        """Finished sentences, [B] bool, leave the batch. The last ones move into their places, so
+    def drop(self, finished: list[bool]) -> list[int]:
+        """Finished sentences, B flags, leave the batch. The last ones move into their places, so
         that nothing else is copied.
 
-        Returns: [B'] int64, which sentence stands where now.
+        Returns: which sentence stands where now.
         """
-        count = int((~finished).sum())
-        order = torch.arange(count, device=finished.device)
-        holes = finished[:count].nonzero()[:, 0]
-        movers = (~finished[count:]).nonzero()[:, 0] + count  # as many as holes
-        order[holes] = movers
+        count = finished.count(False)
+        order = list(range(count))
+        holes = [row for row in order if finished[row]]
+        movers = [row for row in range(count, len(finished)) if not finished[row]]
+        for hole, mover in zip(holes, movers):  # as many of either
+            order[hole] = mover
         sentences = self._past.unflatten(2, (-1, self.width))  # [L, 2, B, K, ...]
-        if len(holes):
+        if holes:
             self._memory[:, :, holes] = self._memory[:, :, movers]
             past = sentences[..., : self.length, :]
             past[:, :, holes] = past[:, :, movers]
+            if self.source_mask is not None:
+                self.source_mask[holes] = self.source_mask[movers]
         self._memory = self._memory[:, :, :count]
         self._past = sentences[:, :, :count].flatten(2, 3)
         if self.source_mask is not None:
-            self.source_mask = self.source_mask[order]
-        self._look_up()
+            self.source_mask = self.source_mask[:count]
+        self.memory = [layer.unbind() for layer in self._memory]
         return order
 
 
 def _limits(
     model: TransformerSeq2SeqModel, input_ids: Tensor, max_new_tokens: int | None
-) -> Tensor:
-    """How many tokens each row may write, [B] int64."""
+) -> list[int]:
+    """How many tokens each row may write."""
     config = model.config
     if not input_ids.numel():
         raise ValueError(f"nothing to decode: input_ids is {list(input_ids.shape)}")
     if max_new_tokens is None:
-        limits = 2 * input_ids.ne(config.pad_id).sum(dim=1) + 10
+        lengths = input_ids.ne(config.pad_id).sum(dim=1).tolist()
+        limits = [2 * length + 10 for length in lengths]
     elif max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     else:
-        limits = torch.full_like(input_ids[:, 0], max_new_tokens)
+        limits = [max_new_tokens] * len(input_ids)
     if config.positional == "learned":
-        limits = limits.clamp(max=config.max_length)
+        limits = [min(limit, config.max_length) for limit in limits]
     return limits
 
 
@@ -739,9 +736,10 @@ def _limits(
 def _decoding(model: TransformerSeq2SeqModel) -> Iterator[None]:
     """Eval mode without gradients on the fast routes, and the former state afterwards."""
     modules, threads = list(model.modules()), torch.get_num_threads()
-    modes = [module.training for module in modules]
+    training = [module for module in modules if module.training]
     layers = [module for module in modules if isinstance(module, Linear)]
-    model.eval()
+    for module in training:
+        module.training = False
     try:
         # Autocast knows nothing of oneDNN's own products.
         with torch.inference_mode(), torch.autocast("cpu", enabled=False):
@@ -752,14 +750,14 @@ def _decoding(model: TransformerSeq2SeqModel) -> Iterator[None]:
         torch.set_num_threads(threads)
         for layer in layers:
             layer.release()
-        for module, mode in zip(modules, modes):
-            module.training = mode
+        for module in training:
+            module.training = True
 
 
 def _choose_threads(model: TransformerSeq2SeqModel, rows: int, threads: int) -> None:
     """One CPU thread for small steps, which are done before a second one has woken up."""
     weights = count_step_weights(model.config)
-    is_small = weights < 2**22 and rows * weights < 2**28
+    is_small = weights < 2**22 and rows * weights < 2**24
     torch.set_num_threads(1 if is_small else threads)
 
 
@@ -780,34 +778,41 @@ def _start(
 def _decode_rows(
     model: TransformerSeq2SeqModel,
     input_ids: Tensor,
-    max_new_tokens: int | None,
+    limits: list[int],
     choose: Callable[[Tensor, Tensor, int], Tensor],
 ) -> Tensor:
-    """One hypothesis per sentence; `choose` (logits [B', V], which sentences [B'], step) picks the
-    next tokens [B'] of those still running. Returns [B, T] int64."""
+    """One hypothesis per sentence, of at most `limits` tokens. `choose` (logits [B', V], which
+    sentences [B'], step) picks the next tokens [B'] of those still running.
+
+    Returns: [B, T] int64.
+    """
     config = model.config
-    limits = _limits(model, input_ids, max_new_tokens)
+    output = input_ids.new_full((len(input_ids), max(limits)), config.pad_id)
+    rows = torch.arange(len(input_ids), device=input_ids.device)  # still running
+    next_ids = torch.full_like(rows, config.pad_id)  # the start token
+    written: list[Tensor] = []  # tokens of `rows` that are not in `output` yet
     with _decoding(model):
         cache = _start(model, input_ids, width=1)
-        shortest, steps = int(limits.min()), int(limits.max())
-        output = input_ids.new_full((len(input_ids), steps), config.pad_id)
-        rows = torch.arange(len(input_ids), device=input_ids.device)  # still running
-        next_ids = torch.full_like(rows, config.pad_id)  # the start token
-        for step in range(steps):
+        while limits:
             logits = model.decode_step(next_ids, cache)  # [B', V]
             # The start token is no translation.
             logits.select(1, config.pad_id).fill_(-torch.inf)
-            next_ids = choose(logits, rows, step)
-            output[rows, step] = next_ids
-            finished = next_ids == config.eos_id
-            if step + 1 >= shortest:
-                finished |= step + 1 >= limits
-            if finished.any():
+            next_ids = choose(logits, rows, cache.length - 1)
+            written.append(next_ids)
+            chosen = next_ids.tolist()
+            length = cache.length
+            if config.eos_id in chosen or length in limits:
+                output[rows, length - len(written) : length] = torch.stack(written, 1)
+                written = []
+                finished = [
+                    token == config.eos_id or length >= limit
+                    for token, limit in zip(chosen, limits)
+                ]
                 order = cache.drop(finished)
-                if not len(order):
-                    break
-                rows, limits, next_ids = rows[order], limits[order], next_ids[order]
-    return output[:, : step + 1]
+                limits = [limits[row] for row in order]
+                order = torch.tensor(order, dtype=torch.int64, device=rows.device)
+                rows, next_ids = rows[order], next_ids[order]
+    return output[:, : cache.length]
 
 
 def greedy_decode(
@@ -829,7 +834,8 @@ def greedy_decode(
     def likeliest(logits: Tensor, rows: Tensor, step: int) -> Tensor:
         return logits.max(dim=-1).indices  # argmax, which takes twice as long on a CPU
 
-    return _decode_rows(model, input_ids, max_new_tokens, likeliest)
+    limits = _limits(model, input_ids, max_new_tokens)
+    return _decode_rows(model, input_ids, limits, likeliest)
 
 
 def sample_decode(
@@ -856,7 +862,8 @@ def sample_decode(
         )
     if len(seeds) != len(input_ids):
         raise ValueError(f"{len(seeds)} seeds for {len(input_ids)} sentences")
-    steps = int(_limits(model, input_ids, max_new_tokens).max())
+    limits = _limits(model, input_ids, max_new_tokens)
+    steps = max(limits)
     draws = torch.stack(
         [torch.rand(steps, generator=torch.Generator().manual_seed(s)) for s in seeds]
     ).to(input_ids.device)  # [B, T]
@@ -871,7 +878,7 @@ def sample_decode(
         place = torch.searchsorted(total, point, right=True)
         return ids.gather(1, torch.minimum(place, kept - 1))[:, 0]
 
-    return _decode_rows(model, input_ids, max_new_tokens, draw)
+    return _decode_rows(model, input_ids, limits, draw)
 
 
 @dataclass(frozen=True)
@@ -884,13 +891,6 @@ class Hypothesis:
 
 
 _NOWHERE = (0, 0.0, -math.inf, None)  # where no hypothesis runs
-
-
-def _logsumexp_(logits: Tensor) -> Tensor:
-    """logsumexp of logits [R, V] as [R, 1]. Uses up `logits`: with a large vocabulary, fresh
-    memory costs more than the arithmetic."""
-    highest = logits.amax(dim=-1, keepdim=True)
-    return logits.sub_(highest).exp_().sum(dim=-1, keepdim=True).log_() + highest
 
 
 class _Beam:
@@ -991,7 +991,7 @@ def beam_search(
     if not -10 <= length_penalty <= 10:
         raise ValueError(f"length_penalty must be in [-10, 10], got {length_penalty}")
     config = model.config
-    limits = _limits(model, input_ids, max_new_tokens).tolist()
+    limits = _limits(model, input_ids, max_new_tokens)
     beams = [_Beam(beam_size, length_penalty, limit, config.pad_id) for limit in limits]
     running = list(beams)
     device, spare = input_ids.device, min(2 * beam_size + 1, config.vocab_size)
@@ -1003,8 +1003,8 @@ def beam_search(
             sums = torch.tensor(sums, device=device)  # [R]
             logits = model.decode_step(torch.tensor(ids, device=device), cache).float()
             # The best of all continuations are among the best of each hypothesis.
-            best, tokens = logits.topk(spare, dim=-1)  # [R, 2K + 1]
-            best -= _logsumexp_(logits)
+            log_probs = logits.log_softmax(dim=-1)  # [R, V]
+            best, tokens = log_probs.topk(spare, dim=-1)  # [R, 2K + 1]
             best.masked_fill_(tokens == config.pad_id, -torch.inf)
             shape = (len(running), -1)  # [R, 2K + 1] -> [B, K * (2K + 1)]
             totals = (best + sums[:, None]).view(shape)
@@ -1025,8 +1025,7 @@ def beam_search(
                 cache.copy(source, destination)
             finished = [beam.finished for beam in running]
             if any(finished):
-                kept = cache.drop(torch.tensor(finished, device=device)).tolist()
-                running = [running[row] for row in kept]
+                running = [running[row] for row in cache.drop(finished)]
     return [beam.hypotheses(num_return) for beam in beams]
 
 

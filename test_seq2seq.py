@@ -521,8 +521,9 @@ def test_finished_sentences_leave_and_the_others_do_not_notice():
         cache = DecoderCache(model, source, width=2)
         for step in range(6):
             model.decode_step(target[:, step], cache)
-        order = cache.drop(torch.tensor([True, False, True, False, False]))
-        assert sorted(order.tolist()) == [1, 3, 4]
+        order = cache.drop([True, False, True, False, False])
+        assert sorted(order) == [1, 3, 4]
+        order = torch.tensor(order)
         rows = torch.stack([2 * order, 2 * order + 1], 1).flatten()
         for step in range(6, 12):
             logits = model.decode_step(target[rows, step], cache)
@@ -545,12 +546,12 @@ def test_a_hypothesis_goes_on_from_the_past_of_another():
 @pytest.mark.parametrize("rows", [1, 2, 4, 5, 33])
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_fast_routes_multiply_correctly(rows, bias):
-    layer, x = Linear(300, 400, bias=bias), torch.randn(rows, 300)
+    layer, x = Linear(600, 500, bias=bias), torch.randn(rows, 600)
     with torch.inference_mode():
         expected = layer(x), layer(x, 100, 280)
         layer.prepare()
         assert close(layer(x), expected[0]) and close(layer(x, 100, 280), expected[1])
-        assert layer(x[None]).shape == (1, rows, 400)
+        assert layer(x[None]).shape == (1, rows, 500)
         layer.release()
 
 
@@ -558,7 +559,7 @@ def test_the_fast_routes_see_changes_of_weights_and_biases():
     import copy
     import pickle
 
-    layer, x = Linear(300, 400), torch.randn(8, 300)
+    layer, x = Linear(600, 500), torch.randn(8, 600)
 
     def check() -> None:
         with torch.inference_mode():
@@ -578,7 +579,7 @@ def test_the_fast_routes_see_changes_of_weights_and_biases():
     check()
     layer.weight.data[200:210].mul_(-5)
     check()
-    layer.bias.data = torch.randn(400)
+    layer.bias.data = torch.randn(500)
     check()
     layer.weight = torch.nn.Parameter(layer.weight * 2)
     check()
@@ -983,7 +984,7 @@ def test_the_tokenizer_is_trained_on_the_training_rows_alone():
         sources[row] = targets[row] = "qqqq wwww zzzz " + sources[row]
     prepared = data.prepare([(sources, targets)], "train:600", 64, 10)
     # Which rows are held out depends on their number and not on their text.
-    vocabulary = "".join(prepared.tokenizer.get_vocab())
+    vocabulary = " ".join(prepared.tokenizer.get_vocab())
     assert "common" in vocabulary and "qq" not in vocabulary and "ww" not in vocabulary
 
 
@@ -1484,16 +1485,18 @@ def test_bench_decode_compares_and_writes_its_figures(folder, tmp_path, capsys):
     more += ("--max-new-tokens", 6, "--json", report)
     assert main("bench", "decode", "--model", folder, *more) == 0
     found = json.loads(report.read_text())
-    rivals = {row["library"] for row in found["rows"]}
-    assert "transformers" in rivals and len(found["rows"]) == 4 * len(rivals)
+    libraries = {row["library"] for row in found["rows"]}
+    assert {"ours", "transformers"} <= libraries
+    assert len(found["rows"]) == 4 * len(libraries)
     for row in found["rows"]:
         assert row["same_output"] == 4 or row["beam"] > 1
         assert row["sentences"] == 4 and row["tokens"] <= 4 * 6
         low, high = row["ours_times_faster_range"]
         assert low <= row["ours_times_faster"] <= high
-        for who in ("ours", "theirs"):
-            assert len(row[who]["seconds"]) == 2 and row[who]["tokens_per_second"] > 0
-            assert 0 < row[who]["share_of_floor"] < 1
+        assert len(row["seconds"]) == 2 and row["tokens_per_second"] > 0
+        assert 0 < row["share_of_floor"] < 1
+        if row["library"] == "ours":
+            assert low == high == 1.0
     assert "of floor" in capsys.readouterr().out
     assert main("bench", "decode", "--model", folder, "--json", tmp_path) == 2
 
