@@ -171,7 +171,9 @@ class DecodeOptions:
         2048, "source tokens decoded together, pads and hypotheses counted"
     )
     precision: str = option(
-        "fp32", "bf16 halves the memory; faster on GPUs", choices=("fp32", "bf16")
+        "fp32",
+        "bf16 halves the memory; on a CPU it can also be slower (see README)",
+        choices=("fp32", "bf16"),
     )
     device: str = option("auto", "auto, cpu, cuda or mps")
     # Of these, only `translate` makes flags.
