@@ -1945,7 +1945,7 @@ def bench_decode(config: BenchDecodeConfig) -> int:
                         "tokens": tokens,
                         "tokens_per_second": round(tokens / middle, 1),
                         "ms_per_sentence": round(middle / len(found) * 1e3, 3),
-                        "share_of_floor": round(floor / middle, 3),
+                        "share_of_floor": float(f"{floor / middle:.3g}"),
                         "peak_extra_mib": peaks[name],
                         "ours_times_faster": round(median(ratios), 2),
                         "ours_times_faster_range": [
