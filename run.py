@@ -1774,9 +1774,8 @@ def serve_library(name: str, config: BenchDecodeConfig, pipe) -> None:
                 peak = before and round((memory_peak(device) - before) / 2**20, 1)
                 pipe.send((outputs, seconds, peak))
                 continue
-            warm = (
-                time.perf_counter() + 0.2
-            )  # threads and caches had time to fall asleep
+            # Threads and caches had time to fall asleep.
+            warm = time.perf_counter() + 0.2
             while time.perf_counter() < warm:
                 decode([batches[0][:1]])
             pipe.send(decode(batches * passes)[1] / passes)
@@ -1799,8 +1798,8 @@ def serve_libraries(config: BenchDecodeConfig) -> Iterator[dict[str, Callable]]:
     names = [
         name for name in LIBRARIES if name == "ours" or importlib.util.find_spec(name)
     ]
-    if choose_device(config.device).type == "mps":
-        names.remove("ctranslate2")
+    if choose_device(config.device).type == "mps":  # which CTranslate2 does not know
+        names = [name for name in names if name != "ctranslate2"]
     processes, pipes = [], {}
 
     def answer(name: str, *question: int):
