@@ -17,6 +17,7 @@ one (but for the tutorial's call, whose result is that).
 import csv
 import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -669,6 +670,9 @@ class BucketBatchSampler(Sampler[list[int]]):
 
     Rows are shuffled, sorted by length inside pools of `POOL` batches, cut into batches, and the
     batches shuffled. `shuffle=False` sorts everything: the least padding, always the same order.
+
+    Of `world` processes, each takes every world-th batch, from its `rank` on. All take equally many:
+    where the batches run out, an empty one.
     """
 
     POOL = 100
@@ -680,9 +684,12 @@ class BucketBatchSampler(Sampler[list[int]]):
         batch_size: int,
         seed: int = 0,
         shuffle: bool = True,
+        rank: int = 0,
+        world: int = 1,
     ):
         self.source_lengths, self.target_lengths = source_lengths, target_lengths
         self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
+        self.rank, self.world = rank, world
         self.sampler = self  # where Lightning looks for set_epoch
         self.set_epoch(0)
 
@@ -702,14 +709,22 @@ class BucketBatchSampler(Sampler[list[int]]):
             self.batches = [
                 self.batches[i] for i in random_state.permutation(len(self.batches))
             ]
-        self.target_tokens = np.array(
-            [self.target_lengths[rows].sum() for rows in self.batches]
-        )
+        self._tokens = [int(self.target_lengths[rows].sum()) for rows in self.batches]
 
-    def window_tokens(self, batch: int, accumulate: int) -> int:
-        """Target tokens of the whole accumulation window that batch number `batch` is part of."""
-        start = batch // accumulate * accumulate
-        return int(self.target_tokens[start : start + accumulate].sum())
+    def rows(self, index: int) -> np.ndarray:
+        """Row numbers of this process's batch number `index`; none where the batches have run out."""
+        number = index * self.world + self.rank
+        return self.batches[number] if number < len(self.batches) else np.array([], int)
+
+    def target_tokens(self, index: int) -> int:
+        """Target tokens of this process's batch number `index`."""
+        return int(self.target_lengths[self.rows(index)].sum())
+
+    def window_tokens(self, index: int, accumulate: int) -> int:
+        """Target tokens, of all processes, in the accumulation window of batch number `index`."""
+        size = accumulate * self.world
+        start = index // accumulate * size
+        return sum(self._tokens[start : start + size])
 
     def padding_share(self) -> float:
         """Pads among all positions of this epoch's batches, both sides, from 0 to 1."""
@@ -720,10 +735,10 @@ class BucketBatchSampler(Sampler[list[int]]):
         return 1.0 - real / padded
 
     def __iter__(self) -> Iterator[list[int]]:
-        return (rows.tolist() for rows in self.batches)
+        return (self.rows(index).tolist() for index in range(len(self)))
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return math.ceil(len(self.batches) / self.world)
 
 
 def pad_side(rows: Iterable[Tensor], pad_id: int = 0) -> Tensor:
@@ -737,6 +752,8 @@ def pad_batch(
     rows: list[tuple[Tensor, Tensor]], pad_id: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Rows (source [S_i], target [T_i]) -> (input_ids [B, S], labels [B, T]) int64."""
+    if not rows:  # what a process gets when the batches have run out: nothing to learn
+        return torch.full((2, 1, 1), pad_id).unbind()
     sources, targets = zip(*rows)
     return pad_side(sources, pad_id), pad_side(targets, pad_id)
 
@@ -747,11 +764,16 @@ def make_loader(
     pad_id: int = 0,
     seed: int = 0,
     shuffle: bool = True,
+    rank: int = 0,
+    world: int = 1,
 ) -> DataLoader:
     """Batches (input_ids [B, S], labels [B, T]) of (source, target) rows with `.lengths`."""
+    lengths = dataset.lengths
     return DataLoader(
         dataset,
-        batch_sampler=BucketBatchSampler(*dataset.lengths, batch_size, seed, shuffle),
+        batch_sampler=BucketBatchSampler(
+            *lengths, batch_size, seed, shuffle, rank, world
+        ),
         collate_fn=partial(pad_batch, pad_id=pad_id),
     )
 

@@ -21,6 +21,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
+import atexit
 import contextlib
 import dataclasses
 import difflib
@@ -86,6 +87,7 @@ class TrainConfig:
     norm_first: bool = option(True, "pre-LN; --no-norm-first: post-LN, as the paper")
     tie_embeddings: bool = option(True, "one matrix for source, target and output")
 
+    compile: bool = option(False, "torch.compile the model; for --loop raw")
     loop: str = option(
         "lightning", "who drives the training", choices=("lightning", "raw")
     )
@@ -358,6 +360,7 @@ def parse_command_line(arguments: list[str]):
 if __name__ == "__main__":
     COMMAND, CONFIG = parse_command_line(sys.argv[1:])
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -420,14 +423,16 @@ def autocast(device: torch.device, precision: str):
     return torch.autocast(device.type, dtype=dtype)
 
 
-def seed_step(seed: int, step: int) -> None:
-    """Make the random state (dropout) of an optimizer step a function of (seed, step) alone."""
+def seed_step(seed: int, step: int, rank: int = 0) -> None:
+    """Make the random state (dropout) of an optimizer step a function of (seed, step, rank) alone."""
     # The CPU's generator takes the low 32 bits, so the seed must reach them.
-    torch.manual_seed(seed * 1_000_003 + step)
+    torch.manual_seed(seed * 1_000_003 + step + rank * 97_000_003)
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    return torch.optim.Adam(model.parameters(), lr=config.learning_rate)
+    # Fused: one kernel, and after an overflow it skips the step without asking the host.
+    fused = next(model.parameters()).device.type == "cuda"
+    return torch.optim.Adam(model.parameters(), config.learning_rate, fused=fused)
 
 
 def build_schedule(
@@ -469,47 +474,72 @@ def step_share(loss_sum: Tensor, sampler, index: int, accumulate: int) -> Tensor
 
     Each token of the accumulation window counts the same, since the window's tokens are known in
     advance: no mean of means. Lightning divides every loss by `accumulate`; so does the raw loop,
-    to round alike.
+    to round alike. Of several processes the gradients are averaged, hence `world`.
     """
-    return loss_sum * (accumulate / sampler.window_tokens(index, accumulate))
+    share = accumulate * sampler.world / sampler.window_tokens(index, accumulate)
+    return loss_sum * share
 
 
 def mean_loss(batches: list[tuple[Tensor, Tensor]]) -> float:
     """Nats per token over batches of (summed loss [], tokens []); waits for the device.
 
-    Added up in Python's float64, which not every device has.
+    Added up in Python's float64, which not every device has, over all processes.
     """
     losses, tokens = (torch.stack(column).tolist() for column in zip(*batches))
-    return sum(losses) / sum(tokens)
+    loss, count = add_up(sum(losses), sum(tokens))
+    return loss / count
+
+
+def add_up(*values: float) -> list[float]:
+    """Each value summed over all training processes."""
+    from torch import distributed
+
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return list(values)
+    device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    distributed.all_reduce(total)
+    return total.tolist()
+
+
+class Diverged(Exception):
+    """The loss is no number any more, nor are the weights."""
 
 
 class Progress:
     """The loss curves, and the wish to stop. Both loops report to it.
 
-    Losses stay on the device until a point of the curve is due, so that a step never waits.
+    Losses stay on the device until a point of the curve is due, so that a step never waits. That is
+    also when a loss that is no number comes to light: `Diverged`, unless `overflows` says that the
+    gradient scaler of fp16 skips such steps.
 
     Attributes: train, validation: lists of (optimizer step, loss in nats per token). step: optimizer
     steps done. epoch_loss: mean training loss over the tokens of the last epoch, finished or not.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, overflows: bool = False) -> None:
+        self.overflows = overflows
         self.train: list[tuple[int, float]] = []
         self.validation: list[tuple[int, float]] = []
         self.step = 0
         self.epoch_loss = math.nan
         self.seconds = 0.0
-        self._pending: list[tuple[Tensor, int]] = []
+        self._pending: list[tuple[Tensor, int, int, np.ndarray]] = []
         self._epoch = [0.0, 0]
         self._signal = 0
+        self._signals = 0  # of all processes, as of the last point
         self._started = 0.0
+        self._optimizer: torch.optim.Optimizer | None = None
 
-    def begin(self) -> None:
+    def begin(self, optimizer: torch.optim.Optimizer) -> None:
         """The first step is about to run."""
+        self._optimizer = optimizer
         self._started = time.perf_counter()
 
-    def add(self, loss_sum: Tensor, tokens: int) -> None:
-        """A batch was done; `loss_sum` [] may still be on its way."""
-        self._pending.append((loss_sum.detach(), tokens))
+    def add(self, loss_sum: Tensor, sampler, index: int) -> None:
+        """Batch number `index` was done; `loss_sum` [] may still be on its way."""
+        rows, tokens = sampler.rows(index), sampler.target_tokens(index)
+        self._pending.append((loss_sum.detach(), tokens, self.step + 1, rows))
 
     def end_step(self) -> float | None:
         """An optimizer step was done. Returns the loss since the last point where one is due."""
@@ -521,14 +551,30 @@ class Progress:
         """Make a point of all batches since the last one; returns its loss."""
         if not self._pending:
             return None
-        loss = sum(torch.stack([loss for loss, _ in self._pending]).tolist())
-        tokens = sum(tokens for _, tokens in self._pending)
+        loss = tokens = 0
+        losses = torch.stack([entry[0] for entry in self._pending]).tolist()
+        for value, (_, count, step, rows) in zip(losses, self._pending):
+            if math.isfinite(value):
+                loss, tokens = loss + value, tokens + count
+            elif not self.overflows:
+                raise Diverged(
+                    f"the loss of step {step} is {value}; {describe_rows(rows)}"
+                )
         self._pending.clear()
+        loss, tokens, self._signals = add_up(loss, tokens, self._signal)
+        if not tokens:
+            return None
         self._epoch[0] += loss
         self._epoch[1] += tokens
         self.epoch_loss = self._epoch[0] / self._epoch[1]
         self.train.append((self.step, loss / tokens))
         return loss / tokens
+
+    @property
+    def skipped(self) -> int:
+        """Steps that fp16's scaler left out, because a gradient overflowed; waits for the device."""
+        states = self._optimizer.state.values()
+        return self.step - max((int(state["step"]) for state in states), default=0)
 
     def end_epoch(self, validation_loss: float) -> None:
         self.flush()
@@ -537,12 +583,12 @@ class Progress:
 
     @property
     def stop(self) -> bool:
-        """Whether to end after this step."""
-        return self._signal != 0
+        """Whether to end after this step. Several processes must agree, which they do at points."""
+        return (self._signals if "WORLD_SIZE" in os.environ else self._signal) != 0
 
     @property
     def exit_code(self) -> int:
-        return 128 + self._signal if self._signal else 0
+        return 128 + (self._signal or signal.SIGTERM) if self.stop else 0
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
@@ -562,6 +608,11 @@ class Progress:
         finally:
             for number, handler in zip(STOP_SIGNALS, previous):
                 signal.signal(number, handler)
+
+
+def describe_rows(rows: np.ndarray) -> str:
+    listed = ", ".join(map(str, sorted(rows.tolist())))
+    return f"its batch holds the training rows {listed}"
 
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -585,7 +636,9 @@ def train_raw(
     config: TrainConfig,
     progress: Progress,
 ) -> None:
-    """Plain PyTorch: autocast, loss scaling, accumulation, clipping, schedule, validation."""
+    """Plain PyTorch: autocast, loss scaling, accumulation, clipping, schedule, validation, and
+    one process per device under torchrun."""
+    from torch.nn.parallel import DistributedDataParallel
     from tqdm import tqdm
 
     device = next(model.parameters()).device
@@ -594,25 +647,34 @@ def train_raw(
     # Enabled for fp16 alone: small gradients would vanish there. Otherwise it does nothing.
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     sampler, accumulate = train_loader.batch_sampler, config.accumulate
-    steps_per_epoch = math.ceil(len(train_loader) / accumulate)
+    batches = len(train_loader)
     optimizer = build_optimizer(model, config)
-    schedule = build_schedule(optimizer, config, config.max_epochs * steps_per_epoch)
-    progress.begin()
+    total_steps = config.max_epochs * math.ceil(batches / accumulate)
+    schedule = build_schedule(optimizer, config, total_steps)
+    network = DistributedDataParallel(model) if sampler.world > 1 else model
+    progress.begin(optimizer)
     for epoch in range(config.max_epochs):
         sampler.set_epoch(epoch)
         model.train()
-        bar = tqdm(train_loader, f"epoch {epoch + 1}/{config.max_epochs}", unit="batch")
-        for index, batch in enumerate(bar):
+        title = f"epoch {epoch + 1}/{config.max_epochs}"
+        bar = tqdm(total=batches, desc=title, unit="batch", disable=sampler.rank > 0)
+        for index, batch in enumerate(prefetch(train_loader, device)):
+            ends_window = (index + 1) % accumulate == 0 or index + 1 == batches
             if index % accumulate == 0:
-                seed_step(config.seed, progress.step)
+                seed_step(config.seed, progress.step, sampler.rank)
                 optimizer.zero_grad(set_to_none=True)
-            batch = [ids.to(device, non_blocking=True) for ids in batch]
-            with in_precision:
-                loss_sum, _ = batch_loss(model, batch, pad_id, config.label_smoothing)
-            loss = step_share(loss_sum, sampler, index, accumulate)
-            scaler.scale(loss / accumulate).backward()
-            progress.add(loss_sum, int(sampler.target_tokens[index]))
-            if (index + 1) % accumulate and index + 1 < len(train_loader):
+            # Processes exchange gradients once per step, not once per batch.
+            alone = network is model or ends_window
+            with contextlib.nullcontext() if alone else network.no_sync():
+                with in_precision:
+                    loss_sum, _ = batch_loss(
+                        network, batch, pad_id, config.label_smoothing
+                    )
+                loss = step_share(loss_sum, sampler, index, accumulate)
+                scaler.scale(loss / accumulate).backward()
+            progress.add(loss_sum, sampler, index)
+            bar.update()
+            if not ends_window:
                 continue
             scaler.unscale_(optimizer)
             clip_gradients(model, config)
@@ -624,7 +686,44 @@ def train_raw(
             if progress.stop:
                 bar.close()
                 return
+        bar.close()
         progress.end_epoch(validate(model, validation_loader, in_precision))
+
+
+def prefetch(loader, device: torch.device) -> Iterator[list[Tensor]]:
+    """Batches on the device; on a GPU the next one is copied while the last one is computed with."""
+    if device.type != "cuda":
+        for batch in loader:
+            yield [ids.to(device) for ids in batch]
+        return
+    copying, ready = torch.cuda.Stream(device), None
+    for batch in loader:
+        with torch.cuda.stream(copying):
+            coming = [ids.pin_memory().to(device, non_blocking=True) for ids in batch]
+        if ready is not None:
+            yield ready
+        computing = torch.cuda.current_stream(device)
+        computing.wait_stream(copying)
+        for ids in coming:
+            ids.record_stream(computing)  # or its memory could be reused too early
+        ready = coming
+    if ready is not None:
+        yield ready
+
+
+def compile_model(model: nn.Module) -> None:
+    """Compile in place, once for all shapes; where nothing can be compiled, say so and go on."""
+    device = next(model.parameters()).device
+    try:
+        torch.compile(torch.sin)(torch.ones(2, device=device))
+    except RuntimeError as error:  # all of torch's complaints about a missing compiler
+        reason = str(error).strip().splitlines()[0]
+        print(
+            f"note: --compile is left out, nothing can compile here: {reason}",
+            file=sys.stderr,
+        )
+        return
+    model.compile(dynamic=True)
 
 
 @torch.no_grad()
@@ -687,12 +786,16 @@ def adapter_class(base: type) -> type:
             }
 
         def configure_gradient_clipping(self, optimizer, *args, **kwargs) -> None:
+            # Lightning leaves unscaling to a fused optimizer, which would do it after clipping.
+            scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+            if scaler is not None and optimizer.param_groups[0].get("fused"):
+                scaler.unscale_(optimizer)
             clip_gradients(self.model, self.run_config)
 
         def on_train_start(self) -> None:
             if self.after_callbacks:
                 self.after_callbacks()
-            self.progress.begin()
+            self.progress.begin(self.trainer.optimizers[0])
 
         def training_step(self, batch, batch_idx):
             config, sampler = (
@@ -700,10 +803,10 @@ def adapter_class(base: type) -> type:
                 self.trainer.train_dataloader.batch_sampler,
             )
             if batch_idx % config.accumulate == 0:
-                seed_step(config.seed, self.global_step)
+                seed_step(config.seed, self.progress.step, sampler.rank)
             pad_id = self.model.config.pad_id
             loss_sum, _ = batch_loss(self.model, batch, pad_id, config.label_smoothing)
-            self.progress.add(loss_sum, int(sampler.target_tokens[batch_idx]))
+            self.progress.add(loss_sum, sampler, batch_idx)
             return step_share(loss_sum, sampler, batch_idx, config.accumulate)
 
         def on_train_batch_end(self, outputs, batch, batch_idx) -> None:
@@ -745,13 +848,14 @@ def train_lightning(
 
     for name in ("lightning.pytorch", "pytorch_lightning"):  # it logs under either
         logging.getLogger(name).setLevel(logging.WARNING)
+    bar = TQDMProgressBar(refresh_rate=10)
     trainer = Trainer(
         accelerator="gpu" if device.type == "cuda" else device.type,
         devices=1,
         precision=LIGHTNING_PRECISION[config.precision],
         max_epochs=config.max_epochs,
         accumulate_grad_batches=config.accumulate,
-        callbacks=[TQDMProgressBar(refresh_rate=10)],
+        callbacks=[bar],
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
@@ -765,7 +869,14 @@ def train_lightning(
         warnings.filterwarnings("ignore", ".*LeafSpec.*")
         # The trainer's loop index is not the optimizer's: torch suspects the order.
         warnings.filterwarnings("ignore", ".*lr_scheduler.step.*optimizer.step.*")
-        trainer.fit(adapter, train_loader, validation_loader)
+        try:
+            trainer.fit(adapter, train_loader, validation_loader)
+        except Diverged:
+            for name in ("train_progress_bar", "val_progress_bar"):
+                with contextlib.suppress(TypeError):  # where there is none
+                    getattr(bar, name).close()  # or it would wipe the message away
+            print(file=sys.stderr)
+            raise
 
 
 # ---- Modlee -----------------------------------------------------------------------------------
@@ -840,8 +951,6 @@ def snapshot(module: nn.Module) -> Callable[[], None]:
     mode, and torch's print options."""
     import copy
     import random
-
-    import numpy as np
 
     printing = torch._tensor_str.PRINT_OPTS  # there is no public way to read them
     print_options = copy.copy(vars(printing))
@@ -2026,6 +2135,8 @@ def train(config: TrainConfig) -> int:
     output = Path(output).expanduser()
     check_output(output)
     device = choose_device(config.device)
+    check_loop(config)
+    rank, world, device = join_processes(device)
     config = dataclasses.replace(
         config, precision=choose_precision(config.precision, device)
     )
@@ -2052,16 +2163,24 @@ def train(config: TrainConfig) -> int:
     model = TransformerSeq2SeqModel(**dataclasses.asdict(model_config)).to(device)
     loaders = [
         data.make_loader(
-            part, config.batch_size, model_config.pad_id, config.seed, shuffle
+            part,
+            config.batch_size,
+            model_config.pad_id,
+            config.seed,
+            shuffle,
+            rank,
+            world,
         )
         for part, shuffle in ((prepared.train, True), (prepared.validation, False))
     ]
     metrics = describe_run(config, prepared, model, loaders[0], device)
 
-    progress, record = Progress(), None
+    progress, record = Progress(overflows=config.precision == "fp16"), None
     with progress.interruptible():
         if config.loop == "raw":
             say("modlee", "off: the raw loop does without")
+            if config.compile:
+                compile_model(model)
             train_raw(model, *loaders, config, progress)
         else:
             record = start_modlee(config, prepared)
@@ -2075,6 +2194,8 @@ def train(config: TrainConfig) -> int:
             record.fit(adapter, fit) if record else fit()
             model.to(device)  # Lightning takes it to the CPU at the end
         progress.flush()
+        if rank > 0:
+            return progress.exit_code
         batches = len(loaders[0])
         metrics |= describe_training(progress, record, prepared, batches, config)
         # Before it is scored: an interrupted evaluation loses no training.
@@ -2111,6 +2232,33 @@ def train(config: TrainConfig) -> int:
     print(f"\nnext:  python run.py translate --model {output} 'The teacher sees you.'")
     print(f"       python run.py evaluate --model {output} --dataset pairs.tsv")
     return 0
+
+
+def check_loop(config: TrainConfig) -> None:
+    """InputError for what only the raw loop does."""
+    if config.loop == "raw":
+        return
+    if config.compile:
+        raise InputError("--compile is for --loop raw")
+    if "WORLD_SIZE" in os.environ:
+        raise InputError("torchrun is for --loop raw")
+
+
+def join_processes(device: torch.device) -> tuple[int, int, torch.device]:
+    """(rank, number of processes, device of this one) under torchrun; (0, 1, device) without."""
+    if "WORLD_SIZE" not in os.environ:
+        return 0, 1, device
+    from torch import distributed
+
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    atexit.register(distributed.destroy_process_group)
+    rank = distributed.get_rank()
+    if rank > 0:  # the first speaks for all
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return rank, distributed.get_world_size(), device
 
 
 def check_push(config: TrainConfig) -> None:
@@ -2345,6 +2493,9 @@ def main(command: str, config) -> int:
     except Interrupted as stopped:
         print("interrupted", file=sys.stderr)
         return stopped.args[0]
+    except Diverged as error:
+        print(f"error: {error}; try a lower --learning-rate", file=sys.stderr)
+        return 1
     except BrokenPipeError:  # the reader of our output went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

@@ -1011,7 +1011,7 @@ def test_buckets_hold_little_padding_and_batches_are_trimmed(prepared):
             assert ids[:, -1].any(), "the last column holds a token"
             real, padded = real + ids.ne(0).sum().item(), padded + ids.numel()
         tokens = targets.ne(0).sum().item()
-        assert tokens == loader.batch_sampler.target_tokens[index]
+        assert tokens == loader.batch_sampler.target_tokens(index)
     assert loader.batch_sampler.padding_share() == pytest.approx(1 - real / padded)
     assert 1 - real / padded < 0.15
     shares = train.rows_with(prepared.tokenizer.eos_token_id)
@@ -1021,8 +1021,8 @@ def test_buckets_hold_little_padding_and_batches_are_trimmed(prepared):
 def test_window_tokens_cover_the_whole_window(prepared):
     lengths = [lengths[:500] for lengths in prepared.train.lengths]
     sampler = data.BucketBatchSampler(*lengths, 50)
-    tokens = sampler.target_tokens.tolist()
-    assert len(tokens) == 10
+    tokens = [sampler.target_tokens(index) for index in range(10)]
+    assert len(sampler) == 10
     assert [sampler.window_tokens(i, 4) for i in (0, 3, 4, 9)] == [
         sum(tokens[:4]),
         sum(tokens[:4]),
@@ -1698,6 +1698,69 @@ def test_two_batches_accumulated_equal_one_of_twice_the_size(prepared):
         (run.step_share(loss, sampler, index, 2) / 2).backward()
     for parameter, expected in zip(model.parameters(), whole):
         assert close(parameter.grad, expected, 1e-6)
+
+
+def test_two_processes_train_like_one_on_both_batches(tmp_path):
+    """Token-exact: gradients are averaged once per window, and each token counts the same."""
+    from safetensors.torch import load_file
+
+    more = ("--loop", "raw", "--dropout", 0, "--device", "cpu", "--batch-size", 30)
+    weights = []
+    for start, name, accumulate in (
+        (("-m", "torch.distributed.run", "--nproc_per_node", 2), "two", 2),
+        ((), "one", 4),
+    ):
+        arguments = [*SMALL, *more, "--accumulate", accumulate, "--output", name]
+        done = python(*start, HERE / "run.py", *map(str, arguments), cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("saved") == 1, "only the first process speaks"
+        weights.append(load_file(tmp_path / name / "model.safetensors"))
+    for name, weight in weights[0].items():
+        assert close(weight, weights[1][name], 1e-4), name
+
+
+def test_a_loss_that_is_no_number_names_step_and_rows(prepared):
+    """Noticed at the next point of the curve; fp16's scaler skips such a step instead."""
+    sampler = data.BucketBatchSampler(*prepared.train.lengths, 3)
+    losses = [torch.tensor(value) for value in (6.0, math.nan, 2.0)]
+
+    def feed(progress: run.Progress) -> run.Progress:
+        for index, loss in enumerate(losses):
+            progress.add(loss, sampler, index)
+            progress.end_step()
+        progress.flush()
+        return progress
+
+    rows = ", ".join(map(str, sorted(sampler.rows(1).tolist())))
+    with pytest.raises(run.Diverged, match=f"step 2 is nan.*rows {rows}$"):
+        feed(run.Progress())
+    tokens = sampler.target_tokens(0) + sampler.target_tokens(2)
+    assert feed(run.Progress(overflows=True)).train == [(3, 8.0 / tokens)]
+
+
+@pytest.mark.parametrize("loop", ["raw", "lightning"])
+def test_a_diverging_run_ends_in_one_line(loop, tmp_path):
+    arguments = (*SMALL, "--loop", loop, "--no-modlee", "--output", tmp_path / "model")
+    arguments += ("--learning-rate", 4e9, "--clip-norm", 0)
+    done = command(*arguments, cwd=tmp_path)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert re.match(r"error: the loss of step \d+ is nan", last)
+    assert not (tmp_path / "model").exists()
+
+
+def test_without_a_compiler_training_goes_on(prepared, monkeypatch, capsys):
+    def fail(*arguments, **more):
+        raise RuntimeError("No working C++ compiler found\nand more")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    model = tiny_model()
+    run.compile_model(model)
+    assert capsys.readouterr().err.count("\n") == 1
+    assert model._compiled_call_impl is None
+    arguments = ("--compile", "--loop", "lightning")
+    assert main("train", *arguments) == 2
+    assert "--loop raw" in capsys.readouterr().err
 
 
 def test_the_schedule_rises_and_ends_near_zero():
