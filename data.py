@@ -655,6 +655,14 @@ class PairDataset(Dataset):
         source, target = (np.diff(offsets) for _, offsets in self.sides)
         return source, target
 
+    def digest(self) -> str:
+        """The same for the same ids in the same order, and for no others."""
+        content = hashlib.sha256()
+        for ids, offsets in self.sides:
+            content.update(offsets.tobytes())
+            content.update(ids.tobytes())
+        return content.hexdigest()
+
     def rows_with(self, token_id: int | None) -> tuple[float, float]:
         """Share of the rows whose source, and whose target, holds a token (`<unk>`, say)."""
         shares = []
@@ -691,10 +699,16 @@ class BucketBatchSampler(Sampler[list[int]]):
         self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
         self.rank, self.world = rank, world
         self.sampler = self  # where Lightning looks for set_epoch
+        self._start = (0, 0)
         self.set_epoch(0)
+
+    def start_at(self, epoch: int, index: int) -> None:
+        """Let that epoch begin with batch number `index`; the numbers stay what they are."""
+        self._start = (epoch, index)
 
     def set_epoch(self, epoch: int) -> None:
         """Lay out the batches of an epoch, counted from 0."""
+        self.epoch = epoch
         count, size = len(self.source_lengths), self.batch_size
         random_state = np.random.default_rng([self.seed, epoch])
         rows = random_state.permutation(count) if self.shuffle else np.arange(count)
@@ -735,7 +749,10 @@ class BucketBatchSampler(Sampler[list[int]]):
         return 1.0 - real / padded
 
     def __iter__(self) -> Iterator[list[int]]:
-        return (self.rows(index).tolist() for index in range(len(self)))
+        # A generator, which looks at the epoch when it is first asked.
+        first = self._start[1] if self.epoch == self._start[0] else 0
+        for index in range(first, len(self)):
+            yield self.rows(index).tolist()
 
     def __len__(self) -> int:
         return math.ceil(len(self.batches) / self.world)

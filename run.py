@@ -27,6 +27,7 @@ import dataclasses
 import difflib
 import json
 import math
+import pickle
 import sys
 import time
 import typing
@@ -117,10 +118,18 @@ class TrainConfig:
     output: str | None = option(
         None, "model folder to create; default: a fresh one under runs/"
     )
+    checkpoint_every: str = option(
+        "10m", "steps, or minutes as in 10m, between checkpoints; 0 for none"
+    )
+    resume: str | None = option(
+        None, "continue the run that left this folder of checkpoints"
+    )
+    resume_anyway: bool = option(False, "resume with settings that differ")
 
     def __post_init__(self) -> None:
         counts = "max_length max_epochs batch_size accumulate num_samples"
         check_counts(self, *counts.split())
+        self.checkpoint_interval()
         if self.output == "":
             raise ValueError("--output needs a name")
         if self.max_length > 65_536:
@@ -133,6 +142,15 @@ class TrainConfig:
         for name in ("warmup", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be in [0, 1)")
+
+    def checkpoint_interval(self) -> tuple[float, float]:
+        """(steps, seconds) between checkpoints; one of them is infinite, both for none."""
+        text = self.checkpoint_every
+        number = text.removesuffix("m")
+        if not (number.isascii() and number.isdigit()):
+            raise ValueError("--checkpoint-every: a number of steps, or minutes (10m)")
+        count = int(number) or math.inf
+        return (math.inf, 60 * count) if text.endswith("m") else (count, math.inf)
 
 
 PRESETS: dict[str, dict] = {
@@ -351,9 +369,40 @@ def parse_command_line(arguments: list[str]):
         for name, value in vars(parser.parse_args(arguments[words:])).items()
     }
     try:
-        return command, config_class(**(PRESETS[given.get("preset", "demo")] | given))
+        if given.get("resume") is None:
+            settings = (
+                PRESETS[given.get("preset", "demo")] if command == "train" else {}
+            )
+        else:
+            settings = resumed_settings(given)
+        return command, config_class(**(settings | given))
     except ValueError as error:
         parser.error(str(error))
+
+
+# Settings that may change when a run is resumed: they have no part in what is learnt.
+MAY_CHANGE = {"output", "checkpoint_every", "resume", "resume_anyway", "push", "mlruns"}
+
+
+def resumed_settings(given: dict) -> dict:
+    """The settings of the run to resume. ValueError where `given` has others."""
+    path = Path(given["resume"]).expanduser() / "settings.json"
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
+    except (OSError, ValueError, KeyError):
+        raise ValueError(f"--resume: no checkpoints in {given['resume']}") from None
+    settings["dataset"] = tuple(settings["dataset"])
+    differ = [
+        f"--{name.replace('_', '-')} (was {settings.get(name)})"
+        for name, value in given.items()
+        if name not in MAY_CHANGE and settings.get(name) != value
+    ]
+    if differ and not given.get("resume_anyway"):
+        raise ValueError(
+            f"the run had other settings: {', '.join(differ)}; "
+            "leave them out, or add --resume-anyway"
+        )
+    return settings
 
 
 # `--help` and typing errors answer above this line, before torch takes seconds to load.
@@ -507,84 +556,152 @@ class Diverged(Exception):
 
 
 class Progress:
-    """The loss curves, and the wish to stop. Both loops report to it.
+    """Where training stands, the loss curves, and the wish to stop. Both loops report to it.
 
     Losses stay on the device until a point of the curve is due, so that a step never waits. That is
     also when a loss that is no number comes to light: `Diverged`, unless `overflows` says that the
     gradient scaler of fp16 skips such steps.
 
-    Attributes: train, validation: lists of (optimizer step, loss in nats per token). step: optimizer
-    steps done. epoch_loss: mean training loss over the tokens of the last epoch, finished or not.
+    Attributes: step: optimizer steps done. epoch, batch: the batch to read next, from 0. train,
+    validation: lists of (optimizer step, loss in nats per token). epoch_loss: mean training loss
+    over the tokens of the last epoch, finished or not. seconds: spent in steps and validation.
     """
 
-    def __init__(self, overflows: bool = False) -> None:
-        self.overflows = overflows
+    SAVED = ("step", "epoch", "batch", "train", "validation", "seconds")
+    SAVED += ("epoch_loss", "epoch_sums", "sums")
+
+    def __init__(
+        self,
+        overflows: bool = False,
+        save: Callable[[dict], Path] | None = None,
+        every: tuple[float, float] = (math.inf, math.inf),
+    ) -> None:
+        """save: writes a checkpoint and returns its path; called every so many (steps, seconds)."""
+        self.overflows, self._save, self._every = overflows, save, every
+        self.step = self.epoch = self.batch = 0
         self.train: list[tuple[int, float]] = []
         self.validation: list[tuple[int, float]] = []
-        self.step = 0
         self.epoch_loss = math.nan
         self.seconds = 0.0
+        self.sums = [0.0, 0]  # loss and tokens since the last point, of this process
+        self.epoch_sums = [0.0, 0]  # and of this epoch's points, of all
+        self.checkpoint: Path | None = None
         self._pending: list[tuple[Tensor, int, int, np.ndarray]] = []
-        self._epoch = [0.0, 0]
+        self._batches = 0
+        self._due = False
         self._signal = 0
         self._signals = 0  # of all processes, as of the last point
-        self._started = 0.0
-        self._optimizer: torch.optim.Optimizer | None = None
+        self._started = self._saved = 0.0
+        self._parts: dict = {}
+        self._loaded: dict = {}
 
-    def begin(self, optimizer: torch.optim.Optimizer) -> None:
-        """The first step is about to run."""
-        self._optimizer = optimizer
-        self._started = time.perf_counter()
+    def load(self, state: dict) -> None:
+        """Go on from a checkpoint; what belongs to others waits for `begin`."""
+        vars(self).update(state.pop("progress"))
+        if os.environ.get("RANK", "0") != "0":
+            self.sums = [0.0, 0]  # those of all processes count once
+        self._loaded = state
+
+    def begin(self, **parts) -> None:
+        """The first step is about to run. parts: model, optimizer and so on, by name: what belongs
+        into a checkpoint, and is put back from a loaded one."""
+        self._parts = parts
+        for name in parts.keys() & self._loaded.keys():
+            parts[name].load_state_dict(self._loaded.pop(name))
+        self._saved = time.perf_counter()
+        self._started = self._saved - self.seconds
 
     def add(self, loss_sum: Tensor, sampler, index: int) -> None:
         """Batch number `index` was done; `loss_sum` [] may still be on its way."""
         rows, tokens = sampler.rows(index), sampler.target_tokens(index)
         self._pending.append((loss_sum.detach(), tokens, self.step + 1, rows))
+        self.epoch, self.batch, self._batches = sampler.epoch, index + 1, len(sampler)
 
     def end_step(self) -> float | None:
         """An optimizer step was done. Returns the loss since the last point where one is due."""
         self.step += 1
         self.seconds = time.perf_counter() - self._started
-        return self.flush() if self.step % LOG_EVERY == 0 else None
+        point = self.flush() if self.step % LOG_EVERY == 0 else None
+        if self.step % self._every[0] == 0:
+            self._due = True
+        if self._due and self.batch < self._batches:  # else after the validation
+            self.save()
+        return point
+
+    def save(self) -> None:
+        """Write a checkpoint, if checkpoints are wanted. Raises Diverged rather than a bad one."""
+        self._due = False
+        self._saved = time.perf_counter()
+        if self._save is None:
+            return
+        self._settle()
+        mine, self.sums = self.sums, add_up(*self.sums)
+        for name, weight in self._parts["model"].state_dict().items():
+            if not weight.isfinite().all():
+                raise self._diverged(f"{name} after step {self.step} is no number")
+        state = {name: part.state_dict() for name, part in self._parts.items()}
+        state["progress"] = {name: getattr(self, name) for name in self.SAVED}
+        self.checkpoint = self._save(state)
+        self.sums = mine
+
+    def _settle(self) -> None:
+        """Wait for the losses that are on their way, and add them up."""
+        if not self._pending:
+            return
+        losses = torch.stack([entry[0] for entry in self._pending]).tolist()
+        for value, (_, tokens, step, rows) in zip(losses, self._pending):
+            if math.isfinite(value):
+                self.sums = [self.sums[0] + value, self.sums[1] + tokens]
+            elif not self.overflows:
+                what = f"the loss of step {step} is {value}"
+                raise self._diverged(f"{what}; {describe_rows(rows)}")
+        self._pending.clear()
+
+    def _diverged(self, what: str) -> Diverged:
+        last = self.checkpoint or "none was written"
+        return Diverged(f"{what}; last good checkpoint: {last}")
 
     def flush(self) -> float | None:
         """Make a point of all batches since the last one; returns its loss."""
-        if not self._pending:
-            return None
-        loss = tokens = 0
-        losses = torch.stack([entry[0] for entry in self._pending]).tolist()
-        for value, (_, count, step, rows) in zip(losses, self._pending):
-            if math.isfinite(value):
-                loss, tokens = loss + value, tokens + count
-            elif not self.overflows:
-                raise Diverged(
-                    f"the loss of step {step} is {value}; {describe_rows(rows)}"
-                )
-        self._pending.clear()
-        loss, tokens, self._signals = add_up(loss, tokens, self._signal)
+        self._settle()
+        # Processes look at their clocks where they meet, and agree.
+        late = time.perf_counter() - self._saved >= self._every[1]
+        loss, tokens, self._signals, late = add_up(*self.sums, self._signal, late)
+        self._due = self._due or late > 0
+        self.sums = [0.0, 0]
         if not tokens:
             return None
-        self._epoch[0] += loss
-        self._epoch[1] += tokens
-        self.epoch_loss = self._epoch[0] / self._epoch[1]
+        self.epoch_sums[0] += loss
+        self.epoch_sums[1] += tokens
+        self.epoch_loss = self.epoch_sums[0] / self.epoch_sums[1]
         self.train.append((self.step, loss / tokens))
         return loss / tokens
 
     @property
     def skipped(self) -> int:
         """Steps that fp16's scaler left out, because a gradient overflowed; waits for the device."""
-        states = self._optimizer.state.values()
+        if not self.overflows or "optimizer" not in self._parts:
+            return 0
+        states = self._parts["optimizer"].state.values()
         return self.step - max((int(state["step"]) for state in states), default=0)
 
     def end_epoch(self, validation_loss: float) -> None:
         self.flush()
-        self._epoch = [0.0, 0]
+        self.epoch_sums = [0.0, 0]
         self.validation.append((self.step, validation_loss))
+        self.epoch, self.batch = self.epoch + 1, 0
+        if self._due:
+            self.save()
 
     @property
     def stop(self) -> bool:
-        """Whether to end after this step. Several processes must agree, which they do at points."""
+        """Whether to end early. Several processes must agree, which they do at points."""
         return (self._signals if "WORLD_SIZE" in os.environ else self._signal) != 0
+
+    @property
+    def stop_here(self) -> bool:
+        """Whether to end after this step: not where an epoch is, which is validated first."""
+        return self.stop and self.batch < self._batches
 
     @property
     def exit_code(self) -> int:
@@ -652,13 +769,16 @@ def train_raw(
     total_steps = config.max_epochs * math.ceil(batches / accumulate)
     schedule = build_schedule(optimizer, config, total_steps)
     network = DistributedDataParallel(model) if sampler.world > 1 else model
-    progress.begin(optimizer)
-    for epoch in range(config.max_epochs):
+    progress.begin(model=model, optimizer=optimizer, schedule=schedule, scaler=scaler)
+    for epoch in range(progress.epoch, config.max_epochs):
         sampler.set_epoch(epoch)
         model.train()
+        first, silent = progress.batch, sampler.rank > 0
         title = f"epoch {epoch + 1}/{config.max_epochs}"
-        bar = tqdm(total=batches, desc=title, unit="batch", disable=sampler.rank > 0)
-        for index, batch in enumerate(prefetch(train_loader, device)):
+        bar = tqdm(
+            desc=title, unit="batch", total=batches, initial=first, disable=silent
+        )
+        for index, batch in enumerate(prefetch(train_loader, device), first):
             ends_window = (index + 1) % accumulate == 0 or index + 1 == batches
             if index % accumulate == 0:
                 seed_step(config.seed, progress.step, sampler.rank)
@@ -683,7 +803,7 @@ def train_raw(
             schedule.step()
             if (mean := progress.end_step()) is not None:
                 bar.set_postfix(train_loss=f"{mean:.3f}")
-            if progress.stop:
+            if progress.stop_here:
                 bar.close()
                 return
         bar.close()
@@ -795,7 +915,13 @@ def adapter_class(base: type) -> type:
         def on_train_start(self) -> None:
             if self.after_callbacks:
                 self.after_callbacks()
-            self.progress.begin(self.trainer.optimizers[0])
+            parts = {
+                "model": self.model,
+                "optimizer": self.trainer.optimizers[0],
+                "schedule": self.trainer.lr_scheduler_configs[0].scheduler,
+            }
+            scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+            self.progress.begin(**parts, **({"scaler": scaler} if scaler else {}))
 
         def training_step(self, batch, batch_idx):
             config, sampler = (
@@ -814,7 +940,7 @@ def adapter_class(base: type) -> type:
                 return  # inside an accumulation window
             if (loss := self.progress.end_step()) is not None:
                 self.log("train_loss", loss, prog_bar=True)
-            if self.progress.stop:
+            if self.progress.stop_here:
                 self.trainer.should_stop = True
                 self.trainer.limit_val_batches = 0  # it would validate before it stops
 
@@ -830,6 +956,28 @@ def adapter_class(base: type) -> type:
             self.progress.end_epoch(loss)
 
     return TextToTextAdapter
+
+
+def continue_from(progress: Progress, trainer) -> None:
+    """Let the next `fit` begin at progress.epoch and progress.batch, as a checkpoint of Lightning's
+    own would."""
+    state = trainer.fit_loop.state_dict()
+
+    def count(key: str, **counts: int) -> None:
+        for span in ("total", "current"):
+            state[key][span].update(counts)
+
+    begun = progress.epoch + (progress.batch > 0)
+    finished = {"processed": progress.epoch, "completed": progress.epoch}
+    count("epoch_progress", ready=begun, started=begun, **finished)
+    stages = ("ready", "started", "processed", "completed")
+    count("epoch_loop.batch_progress", **dict.fromkeys(stages, progress.batch))
+    optimizer = state["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
+    optimizer["step"]["total"].update(ready=progress.step, completed=progress.step)
+    state["epoch_loop.state_dict"]["_batches_that_stepped"] = progress.step
+    trainer.fit_loop.load_state_dict(state)
+    # Restarting means in the middle of an epoch; at its begin it would validate first.
+    trainer.fit_loop.restarting = progress.batch > 0
 
 
 LIGHTNING_PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
@@ -862,9 +1010,13 @@ def train_lightning(
         num_sanity_val_steps=0,
         use_distributed_sampler=False,  # the batch sampler is already ours
     )
+    if adapter.progress.step:
+        continue_from(adapter.progress, trainer)
     with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
         # Collating a few rows takes less than handing them over from a process.
         warnings.filterwarnings("ignore", ".*does not have many workers.*")
+        # Our batch sampler begins where it should.
+        warnings.filterwarnings("ignore", ".*dataloader is not resumable.*")
         # Of the newest Lightning's own making.
         warnings.filterwarnings("ignore", ".*LeafSpec.*")
         # The trainer's loop index is not the optimizer's: torch suspects the order.
@@ -1203,11 +1355,21 @@ def write_json(path: Path, content: dict) -> None:
     write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def check_output(folder: Path) -> None:
-    """InputError where a model folder cannot appear without something being lost."""
+def was_interrupted(folder: Path) -> bool:
+    """Whether it is the model folder of a run that was stopped, which its end may replace."""
+    try:
+        return json.loads((folder / "metrics.json").read_text("utf-8"))["interrupted"]
+    except (OSError, ValueError, LookupError):
+        return False
+
+
+def check_output(folder: Path, replaceable: bool = False) -> None:
+    """InputError where a model folder cannot appear without something being lost. `replaceable`:
+    that of an interrupted run may stand there."""
     folder = folder.resolve()  # what a link or ".." leads to
-    empty = folder.is_dir() and not any(folder.iterdir())
-    if folder == Path.cwd() or (folder.exists() and not empty):
+    free = folder.is_dir() and not any(folder.iterdir())
+    free = free or (replaceable and was_interrupted(folder))
+    if folder == Path.cwd() or (folder.exists() and not free):
         raise InputError(f"{folder} exists already; give --output another name")
     parent = next(parent for parent in folder.parents if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
@@ -1230,10 +1392,63 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     try:
-        os.replace(temporary, folder.resolve())
+        if was_interrupted(folder):
+            os.replace(folder, temporary / "before")
+            os.replace(temporary, folder.resolve())
+            shutil.rmtree(folder / "before")
+        else:
+            os.replace(temporary, folder.resolve())
     except OSError as error:  # someone else has made the folder meanwhile
         reason = f"cannot become {folder} ({error.strerror})"
         raise InputError(f"the model is complete in {temporary} but {reason}") from None
+
+
+def checkpoint_folder(config: TrainConfig) -> Path:
+    """Where a run's checkpoints stand: settings.json and the newest two states. InputError where
+    they cannot."""
+    if config.resume is not None:
+        return Path(config.resume).expanduser()
+    folder = Path(f"{config.output}.checkpoints")
+    if folder.exists():
+        raise InputError(
+            f"{folder} is of an unfinished run: give --resume {folder}, or delete it"
+        )
+    return folder
+
+
+def write_checkpoint(
+    folder: Path, config: TrainConfig, digest: str, rank: int, state: dict
+) -> Path:
+    """Write a state of training, whole or not at all; the one before is kept. digest: of the data."""
+    path = folder / f"step-{state['progress']['step']:09}.pt"
+    if rank > 0:
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"settings": dataclasses.asdict(config), "data": digest}
+    write_json(folder / "settings.json", content)
+    write_file(path, partial(torch.save, state))
+    for old in sorted(folder.glob("step-*.pt"))[:-2]:
+        old.unlink()
+    return path
+
+
+def read_checkpoint(folder: Path, digest: str) -> dict:
+    """The newest state that can be read; nothing in it is executed. Raises InputError."""
+    if json.loads((folder / "settings.json").read_text("utf-8"))["data"] != digest:
+        raise InputError(f"the training pairs are not those of {folder}")
+    for path in sorted(folder.glob("step-*.pt"), reverse=True):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except (
+            OSError,
+            ValueError,
+            EOFError,
+            RuntimeError,
+            pickle.PickleError,
+        ) as error:
+            reason = str(error).strip().splitlines()[0][:100]
+            print(f"note: {path} cannot be read ({reason})", file=sys.stderr)
+    raise InputError(f"no checkpoint in {folder} can be read")
 
 
 def save_model(
@@ -2128,18 +2343,20 @@ def say(topic: str, text: str) -> None:
 
 def train(config: TrainConfig) -> int:
     """Prepare data, train, save, evaluate. Returns the exit code."""
+    import shutil
+
     # First all that can be refused at once, before data is read for minutes.
     output = config.output
     if output is None:
         output = f"runs/{datetime.now():%Y%m%d-%H%M%S}-{config.preset}"
     output = Path(output).expanduser()
-    check_output(output)
+    check_output(output, replaceable=config.resume is not None)
     device = choose_device(config.device)
     check_loop(config)
     rank, world, device = join_processes(device)
-    config = dataclasses.replace(
-        config, precision=choose_precision(config.precision, device)
-    )
+    precision = choose_precision(config.precision, device)
+    config = dataclasses.replace(config, precision=precision, output=str(output))
+    checkpoints = checkpoint_folder(config)
     check_push(config)
     model_config = choose_model(config)
 
@@ -2175,7 +2392,17 @@ def train(config: TrainConfig) -> int:
     ]
     metrics = describe_run(config, prepared, model, loaders[0], device)
 
-    progress, record = Progress(overflows=config.precision == "fp16"), None
+    interval = config.checkpoint_interval()
+    save = partial(write_checkpoint, checkpoints, config, prepared.train.digest(), rank)
+    wanted = interval != (math.inf, math.inf)
+    progress = Progress(config.precision == "fp16", save if wanted else None, interval)
+    record = None
+    if config.resume is not None:
+        state = read_checkpoint(checkpoints, prepared.train.digest())
+        model.load_state_dict(state.pop("model"))
+        progress.load(state)
+        loaders[0].batch_sampler.start_at(progress.epoch, progress.batch)
+        say("resumed", f"after step {progress.step} of {config.output}")
     with progress.interruptible():
         if config.loop == "raw":
             say("modlee", "off: the raw loop does without")
@@ -2193,6 +2420,8 @@ def train(config: TrainConfig) -> int:
 
             record.fit(adapter, fit) if record else fit()
             model.to(device)  # Lightning takes it to the CPU at the end
+        if progress.stop:
+            progress.save()
         progress.flush()
         if rank > 0:
             return progress.exit_code
@@ -2202,7 +2431,10 @@ def train(config: TrainConfig) -> int:
         save_model(output, model, tokenizer, config, metrics, progress)
     if progress.stop:
         say("stopped", f"after step {progress.step}; its state is in {output}")
+        if progress.checkpoint:
+            print(f"\nnext:  python run.py --resume {progress.checkpoint.parent}")
         return progress.exit_code
+    shutil.rmtree(checkpoints, ignore_errors=True)
 
     say(
         "trained",
@@ -2210,6 +2442,8 @@ def train(config: TrainConfig) -> int:
         f"{metrics['tokens_per_second']:,.0f} real tokens/s, "
         f"{metrics['padding_share']:.1%} padding",
     )
+    if progress.skipped:
+        say("", f"{progress.skipped} steps were skipped: a gradient overflowed fp16")
     validation_loss = progress.validation[-1][1]
     say("loss", f"training {progress.epoch_loss:.4f}, validation {validation_loss:.4f}")
     text = prepared.validation_text
@@ -2346,6 +2580,7 @@ def describe_training(
         "artifacts": record.artifacts if record else [],
         "modlee_seconds": record and round(record.seconds, 2),
         "steps": progress.step,
+        "skipped_steps": progress.skipped,
         "interrupted": progress.stop,
         "train_seconds": round(progress.seconds, 2),
         "tokens_per_second": round(real_tokens / max(progress.seconds, 1e-9), 1),
@@ -2494,7 +2729,7 @@ def main(command: str, config) -> int:
         print("interrupted", file=sys.stderr)
         return stopped.args[0]
     except Diverged as error:
-        print(f"error: {error}; try a lower --learning-rate", file=sys.stderr)
+        print(f"error: {error}. Try a lower --learning-rate", file=sys.stderr)
         return 1
     except BrokenPipeError:  # the reader of our output went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
