@@ -8,6 +8,7 @@ Tests that need Modlee are skipped where it is not installed.
 import csv
 import dataclasses
 import inspect
+import io
 import json
 import logging
 import math
@@ -1181,6 +1182,8 @@ def test_the_tutorial_preset_is_the_tutorial_to_the_letter():
         (["--validation-size", "1.5"], "whole number"),
         (["--output", ""], "needs a name"),
         (["--seed", "-1"], "must be in"),
+        (["--checkpoint-every", "10s"], "minutes"),
+        (["--resume", "nowhere"], "no checkpoints in nowhere"),
         (["--learning-rate", "nan"], "must be in"),
         (["--max-length", "1000000000"], "65536"),
         (["translate", "--model", "x", "--batch-tokens", "0"], "at least 1"),
@@ -1610,7 +1613,16 @@ def test_ctrl_c_saves_the_last_state(loop, tmp_path):
 # ---- the two loops ----------------------------------------------------------------------------
 
 
-def fit(prepared, loop: str, modlee: bool = False, tmp_path=None, freeze=(), **changes):
+def fit(
+    prepared,
+    loop: str,
+    modlee: bool = False,
+    tmp_path=None,
+    freeze=(),
+    progress=None,
+    state=None,
+    **changes,
+):
     """Train a tiny model with either loop. Returns (model, progress, record)."""
     settings = {"batch_size": 64, "max_epochs": 2, "seed": 5, "precision": "fp32"}
     settings |= {"mlruns": str(tmp_path / "mlruns")} if tmp_path else {}
@@ -1622,7 +1634,11 @@ def fit(prepared, loop: str, modlee: bool = False, tmp_path=None, freeze=(), **c
         data.make_loader(part, 64, 0, config.seed, shuffle)
         for part, shuffle in ((prepared.train, True), (prepared.validation, False))
     ]
-    progress, record = run.Progress(), None
+    progress, record = progress or run.Progress(), None
+    if state is not None:
+        model.load_state_dict(state.pop("model"))
+        progress.load(state)
+        loaders[0].batch_sampler.start_at(progress.epoch, progress.batch)
     if loop == "raw":
         run.train_raw(model, *loaders, config, progress)
         return model, progress, None
@@ -1658,6 +1674,94 @@ def test_raw_and_lightning_walk_the_same_path(prepared, precision, accumulate):
     assert raw_progress.validation == lit_progress.validation
     assert same_weights(raw, lit)
     assert not same_weights(raw, tiny_model(vocab_size=len(prepared.tokenizer)))
+
+
+@pytest.mark.parametrize(
+    ("loop", "modlee"),
+    [
+        ("raw", False),
+        ("lightning", False),
+        pytest.param("lightning", True, marks=needs_modlee),
+    ],
+)
+def test_a_resumed_run_walks_the_same_path(
+    prepared, loop, modlee, tmp_path, monkeypatch
+):
+    """From the middle of an epoch, from its end, and from the last checkpoint of all."""
+    monkeypatch.setattr(run, "LOG_EVERY", 3)  # points that do not meet the checkpoints
+    config = run.TrainConfig(accumulate=3)
+    states = {}
+
+    def save(state: dict) -> Path:
+        path = tmp_path / "checkpoints"
+        path = run.write_checkpoint(path, config, "digest", 0, state)
+        states[state["progress"]["step"]] = path.read_bytes()
+        return path
+
+    settings = {"accumulate": 3, "clip_norm": 0.5, "modlee": modlee}
+    progress = run.Progress(save=save, every=(1, math.inf))
+    raw, raw_progress, _ = fit(
+        prepared, "raw", progress=progress, **settings | {"modlee": False}
+    )
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["settings.json", "step-000000007.pt", "step-000000008.pt"]
+    steps = math.ceil(math.ceil(len(prepared.train) / 64) / 3)
+    assert sorted(states) == list(range(1, 2 * steps + 1))
+    for step in (2, steps, steps + 1, 2 * steps):
+        state = torch.load(io.BytesIO(states[step]), weights_only=True)
+        assert (state["progress"]["batch"] == 0) == (step % steps == 0)
+        torch.manual_seed(step)
+        model, progress, _ = fit(
+            prepared, loop, tmp_path=tmp_path, state=state, **settings
+        )
+        assert progress.step == 2 * steps
+        assert progress.train == raw_progress.train
+        assert progress.validation == raw_progress.validation
+        assert same_weights(raw, model)
+
+
+def test_resuming_reads_only_what_is_left(prepared):
+    sampler = data.BucketBatchSampler(*prepared.train.lengths, 64, seed=1)
+    sampler.set_epoch(1)
+    whole = list(sampler)
+    sampler.start_at(1, 3)
+    assert list(sampler) == whole[3:] and len(sampler) == len(whole)
+    sampler.set_epoch(2)
+    assert len(list(sampler)) == len(whole)
+
+
+def test_an_interrupted_run_is_resumed_from_the_command_line(tmp_path, capsys):
+    """Like one never interrupted; with other settings only when that is insisted on."""
+    from safetensors.torch import load_file
+
+    more = ("--no-modlee", "--loop", "raw", "--device", "cpu", "--dropout", 0.1)
+    assert main(*SMALL, *more, "--output", tmp_path / "whole") == 0
+    part, checkpoints = tmp_path / "part", tmp_path / "part.checkpoints"
+
+    def die(self, *arguments) -> None:
+        raise MemoryError
+
+    every = ("--checkpoint-every", 3)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(run.Progress, "end_epoch", die)
+        main(*SMALL, *more, *every, "--output", part)
+    newest, before = sorted(checkpoints.glob("*.pt"), reverse=True)
+    assert not part.exists() and newest.stat().st_mode & 0o044
+    assert main(*SMALL, "--output", part) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert main("--resume", checkpoints, "--seed", 3, "--batch-size", 7) == 2
+    error = capsys.readouterr().err
+    assert "--seed (was 0), --batch-size (was" in error and "--loop" not in error
+    newest.write_bytes(newest.read_bytes()[:1000])
+    assert main("--resume", checkpoints) == 0
+    said = capsys.readouterr()
+    assert f"{newest} cannot be read" in said.err
+    assert f"after step {int(before.stem[5:])} of" in said.out
+    assert not checkpoints.exists()
+    weights = [
+        load_file(tmp_path / name / "model.safetensors") for name in ("whole", "part")
+    ]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -1732,7 +1836,8 @@ def test_a_loss_that_is_no_number_names_step_and_rows(prepared):
         return progress
 
     rows = ", ".join(map(str, sorted(sampler.rows(1).tolist())))
-    with pytest.raises(run.Diverged, match=f"step 2 is nan.*rows {rows}$"):
+    told = f"step 2 is nan.*rows {rows}; last good checkpoint: none"
+    with pytest.raises(run.Diverged, match=told):
         feed(run.Progress())
     tokens = sampler.target_tokens(0) + sampler.target_tokens(2)
     assert feed(run.Progress(overflows=True)).train == [(3, 8.0 / tokens)]
@@ -1885,6 +1990,9 @@ assert context.verify_mode == ssl.CERT_REQUIRED and context.check_hostname
     assert done.returncode == 0, done.stderr
 
 
+FROZEN = ("encoder_layers.0.linear1.weight",)
+
+
 @pytest.fixture(scope="module")
 def recorded(prepared, tmp_path_factory):
     """The same training without and with Modlee, and what the second left behind."""
@@ -1892,13 +2000,12 @@ def recorded(prepared, tmp_path_factory):
     work, home = folder / "work", folder / "home"
     work.mkdir()
     home.mkdir()
-    frozen = ("encoder_layers.0.linear1.weight",)
-    plain = fit(prepared, "lightning", freeze=frozen)
+    plain = fit(prepared, "lightning", freeze=FROZEN)
     here, old_home = os.getcwd(), os.environ.get("HOME", "")
     os.chdir(work)
     os.environ["HOME"] = str(home)
     try:
-        with_modlee = fit(prepared, "lightning", True, folder, frozen)
+        with_modlee = fit(prepared, "lightning", True, folder, FROZEN)
     finally:
         os.chdir(here)
         os.environ["HOME"] = old_home
@@ -1906,9 +2013,11 @@ def recorded(prepared, tmp_path_factory):
 
 
 @needs_modlee
-def test_modlee_does_not_change_the_weights(recorded):
+def test_modlee_does_not_change_the_weights(recorded, prepared):
     (plain, plain_progress, _), (model, progress, _), _ = recorded
     assert same_weights(plain, model)
+    raw, raw_progress, _ = fit(prepared, "raw", freeze=FROZEN)
+    assert same_weights(raw, model) and raw_progress.train == progress.train
     assert plain_progress.train == progress.train
     assert plain_progress.validation == progress.validation
 
@@ -1937,9 +2046,9 @@ def test_a_snapshot_puts_everything_back():
 def test_a_frozen_parameter_stays_frozen(recorded):
     _, (model, _, _), _ = recorded
     start = tiny_model(vocab_size=model.config.vocab_size)
-    frozen = "encoder_layers.0.linear1.weight"
-    assert not model.get_parameter(frozen).requires_grad
-    assert torch.equal(model.get_parameter(frozen), start.get_parameter(frozen))
+    (name,) = FROZEN
+    assert not model.get_parameter(name).requires_grad
+    assert torch.equal(model.get_parameter(name), start.get_parameter(name))
     assert model.get_parameter("embedding.weight").requires_grad
 
 
