@@ -732,7 +732,8 @@ class BucketBatchSampler(Sampler[list[int]]):
 
     def target_tokens(self, index: int) -> int:
         """Target tokens of this process's batch number `index`."""
-        return int(self.target_lengths[self.rows(index)].sum())
+        number = index * self.world + self.rank
+        return self._tokens[number] if number < len(self._tokens) else 0
 
     def window_tokens(self, index: int, accumulate: int) -> int:
         """Target tokens, of all processes, in the accumulation window of batch number `index`."""

@@ -25,6 +25,7 @@ import atexit
 import contextlib
 import dataclasses
 import difflib
+import gc
 import json
 import math
 import pickle
@@ -301,11 +302,36 @@ class BenchDecodeConfig:
             raise ValueError("--batch and --beam must be at least 1")
 
 
+@dataclass(frozen=True)
+class BenchConfig:
+    """What Lightning and Modlee cost per training step, beside the raw loop."""
+
+    quick: bool = option(False, "five arms, one size, a few rounds")
+    turns: int | None = option(
+        None, "of 20 timed steps for each arm; default: 16, with --quick 4"
+    )
+    device: str = option("auto", "auto, cpu, cuda or mps")
+    precision: str = option(
+        "auto",
+        "arithmetic; auto: what the device does well",
+        choices=("auto", "fp32", "bf16", "fp16"),
+    )
+    picture: str = option("results/bench.png", "where the picture goes")
+    json: str | None = option(None, "also write the figures to this file")
+    profile: str | None = option(
+        None, "only write a torch profiler trace of ten steps of the raw loop"
+    )
+
+    def __post_init__(self) -> None:
+        check_counts(self, "turns")
+
+
 CONFIGS = {
     "train": TrainConfig,
     "translate": TranslateConfig,
     "evaluate": EvaluateConfig,
     "export": ExportConfig,
+    "bench": BenchConfig,
     "bench decode": BenchDecodeConfig,
 }
 
@@ -326,7 +352,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 def parse_command_line(arguments: list[str]):
     """(command, its configuration): flags beat the preset, the preset beats the defaults."""
-    words = next((n for n in (1, 2) if " ".join(arguments[:n]) in CONFIGS), 0)
+    words = next((n for n in (2, 1) if " ".join(arguments[:n]) in CONFIGS), 0)
     command = " ".join(arguments[:words]) or "train"
     config_class = CONFIGS[command]
     if command == "train":
@@ -475,7 +501,14 @@ def autocast(device: torch.device, precision: str):
 def seed_step(seed: int, step: int, rank: int = 0) -> None:
     """Make the random state (dropout) of an optimizer step a function of (seed, step, rank) alone."""
     # The CPU's generator takes the low 32 bits, so the seed must reach them.
-    torch.manual_seed(seed * 1_000_003 + step + rank * 97_000_003)
+    value = seed * 1_000_003 + step + rank * 97_000_003
+    # Not torch.manual_seed: while CUDA sleeps, that notes the whole call stack, for half a
+    # millisecond inside Lightning.
+    torch.default_generator.manual_seed(value)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(value)
+    if torch.backends.mps.is_available():
+        torch.mps.manual_seed(value)
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -831,8 +864,9 @@ def prefetch(loader, device: torch.device) -> Iterator[list[Tensor]]:
         yield ready
 
 
-def compile_model(model: nn.Module) -> None:
-    """Compile in place, once for all shapes; where nothing can be compiled, say so and go on."""
+def compile_model(model: nn.Module) -> bool:
+    """Compile in place, once for all shapes; where nothing can be compiled, say so and go on.
+    Returns whether it was done."""
     device = next(model.parameters()).device
     try:
         torch.compile(torch.sin)(torch.ones(2, device=device))
@@ -842,8 +876,9 @@ def compile_model(model: nn.Module) -> None:
             f"note: --compile is left out, nothing can compile here: {reason}",
             file=sys.stderr,
         )
-        return
+        return False
     model.compile(dynamic=True)
+    return True
 
 
 @torch.no_grad()
@@ -984,9 +1019,15 @@ LIGHTNING_PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixe
 
 
 def train_lightning(
-    adapter, train_loader, validation_loader, config: TrainConfig, device: torch.device
+    adapter,
+    train_loader,
+    validation_loader,
+    config: TrainConfig,
+    device: torch.device,
+    **changes,
 ) -> None:
-    """`Trainer.fit` on the adapter; the progress bar goes to stderr."""
+    """`Trainer.fit` on the adapter; the progress bar goes to stderr. changes: of the Trainer's
+    arguments."""
     import logging
     import warnings
 
@@ -997,19 +1038,20 @@ def train_lightning(
     for name in ("lightning.pytorch", "pytorch_lightning"):  # it logs under either
         logging.getLogger(name).setLevel(logging.WARNING)
     bar = TQDMProgressBar(refresh_rate=10)
-    trainer = Trainer(
-        accelerator="gpu" if device.type == "cuda" else device.type,
-        devices=1,
-        precision=LIGHTNING_PRECISION[config.precision],
-        max_epochs=config.max_epochs,
-        accumulate_grad_batches=config.accumulate,
-        callbacks=[bar],
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,  # the batch sampler is already ours
-    )
+    settings = {
+        "accelerator": "gpu" if device.type == "cuda" else device.type,
+        "devices": 1,
+        "precision": LIGHTNING_PRECISION[config.precision],
+        "max_epochs": config.max_epochs,
+        "accumulate_grad_batches": config.accumulate,
+        "callbacks": [bar],
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False,  # the batch sampler is already ours
+    }
+    trainer = Trainer(**(settings | changes))
     if adapter.progress.step:
         continue_from(adapter.progress, trainer)
     with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
@@ -2110,23 +2152,18 @@ def bench_batches(sentences: list, batch: int) -> list[list]:
 
 
 @contextlib.contextmanager
-def serve_libraries(config: BenchDecodeConfig) -> Iterator[dict[str, Callable]]:
-    """name -> function (batch size, beam size, passes) -> answer of `serve_library`.
+def serving(target: Callable, jobs: dict[str, tuple]) -> Iterator[dict[str, Callable]]:
+    """Run target(*arguments, pipe) in a process of its own for each name -> arguments of `jobs`.
 
-    One process each, because their threads get in each other's way.
+    Yields name -> function that sends what it is given, if anything, and returns the answer. A
+    process that answers with an InputError, or dies, raises it here.
     """
-    import importlib.util
     import multiprocessing
 
     context = multiprocessing.get_context("spawn")
-    names = [
-        name for name in LIBRARIES if name == "ours" or importlib.util.find_spec(name)
-    ]
-    if choose_device(config.device).type == "mps":  # which CTranslate2 does not know
-        names = [name for name in names if name != "ctranslate2"]
     processes, pipes = [], {}
 
-    def answer(name: str, *question: int):
+    def ask(name: str, *question):
         if question:
             pipes[name].send(question)
         try:
@@ -2138,21 +2175,33 @@ def serve_libraries(config: BenchDecodeConfig) -> Iterator[dict[str, Callable]]:
         return found
 
     try:
-        for name in names:
+        for name, arguments in jobs.items():
             pipes[name], other_end = context.Pipe()
-            arguments = (name, config, other_end)
-            processes.append(context.Process(target=serve_library, args=arguments))
+            processes.append(
+                context.Process(target=target, args=(*arguments, other_end))
+            )
             processes[-1].start()
             other_end.close()
-            answer(name)
-        yield {name: partial(answer, name) for name in names}
+        yield {name: partial(ask, name) for name in jobs}
     finally:
         for process in processes:
             process.kill()
 
 
-def machine_rates(device: torch.device) -> tuple[float, float]:
-    """(float32 matmul rate in FLOP/s, copy bandwidth in bytes/s, read and written): the best seen."""
+def choose_libraries(device: torch.device) -> list[str]:
+    import importlib.util
+
+    names = [
+        name for name in LIBRARIES if name == "ours" or importlib.util.find_spec(name)
+    ]
+    # CTranslate2 does not know MPS.
+    return [name for name in names if name != "ctranslate2" or device.type != "mps"]
+
+
+def machine_rates(
+    device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[float, float]:
+    """(matmul rate in FLOP/s, copy bandwidth in bytes/s, read and written): the best seen."""
 
     def best(function: Callable[[], object]) -> float:
         seconds = []
@@ -2163,8 +2212,8 @@ def machine_rates(device: torch.device) -> tuple[float, float]:
             seconds.append(time.perf_counter() - started)
         return min(seconds)
 
-    size = 2048
-    a, b = torch.randn(2, size, size, device=device)
+    size = 2048 if device.type == "cpu" else 8192
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
     source = torch.ones(2**26, device=device)  # 256 MiB, more than any cache
     target = torch.zeros_like(source)
     copied = 2 * source.numel() * source.element_size()
@@ -2224,9 +2273,10 @@ def bench_decode(config: BenchDecodeConfig) -> int:
     model, _, sentences = reference_case(config, device)
     rates = machine_rates(device)
     cases = [(batch, beam) for batch in config.batch for beam in config.beam]
+    jobs = {name: (name, config) for name in choose_libraries(device)}
     rows = []
     with (
-        serve_libraries(config) as libraries,
+        serving(serve_library, jobs) as libraries,
         tqdm(
             desc="bench",
             total=len(cases) * len(libraries) * (config.repeats + 1),
@@ -2234,6 +2284,8 @@ def bench_decode(config: BenchDecodeConfig) -> int:
             disable=None,
         ) as bar,
     ):
+        for ask in libraries.values():
+            ask()  # until it is loaded
         for batch, beam in cases:
             outputs, peaks, first = {}, {}, {}
             for name, ask in libraries.items():
@@ -2334,6 +2386,832 @@ def check_report(name: str | None, flag: str = "--json") -> None:
         raise InputError(f"{flag} {name}: no file can be written there")
 
 
+# ---- bench: what Lightning and Modlee cost per step ---------------------------------------------
+
+WINDOW = LOG_EVERY  # steps in a turn of an arm: all that is periodic comes round once
+FRAMEWORK = {"d_model": 64, "nhead": 4, "dim_feedforward": 256}
+FRAMEWORK |= {"num_encoder_layers": 1, "num_decoder_layers": 1, "batch_size": 16}
+WIDE = {"d_model": 256, "nhead": 8, "dim_feedforward": 1024}
+WIDE |= {"num_encoder_layers": 3, "num_decoder_layers": 3, "batch_size": 64}
+TUTORIAL = {"d_model": 512, "nhead": 8, "dim_feedforward": 2048}
+TUTORIAL |= {"num_encoder_layers": 6, "num_decoder_layers": 6}
+WIDEST = TUTORIAL | {"d_model": 1024, "nhead": 16, "dim_feedforward": 4096}
+# Name -> settings of three models; the middle one is the one whose costs are itemised. A GPU gets
+# larger ones: about 25,000 target tokens in a batch.
+SIZES = {
+    "cpu": {"small": FRAMEWORK, "demo": {}, "wide": WIDE},
+    "cuda": {
+        "demo": {"batch_size": 512},
+        "tutorial": TUTORIAL | {"batch_size": 2048},
+        "widest": WIDEST | {"batch_size": 2048},
+    },
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to train. features: what is switched on; modlee: parts of its names of callbacks, or
+    None where the run is not recorded."""
+
+    label: str
+    loop: str = "lightning"
+    features: tuple[str, ...] = ()
+    modlee: tuple[str, ...] | None = None
+
+
+ARMS = {
+    "raw": Arm("raw loop", "raw"),
+    "compiled": Arm("raw loop, --compile", "raw", ("compile",)),
+    "barebones": Arm("Lightning, barebones", features=("barebones",)),
+    "off": Arm("Lightning, all switched off"),
+    "bar": Arm("progress bar", features=("bar",)),
+    "log": Arm("logging every step", features=("log",)),
+    "checkpoint": Arm("checkpoint every 20 steps", features=("checkpoint",)),
+    "clip": Arm("clipping by Trainer", features=("clip",)),
+    "autolog": Arm("mlflow autolog", modlee=()),
+    "modlee-data": Arm("Modlee: data", modlee=("Data", "Transforms")),
+    "modlee-model": Arm("Modlee: model", modlee=("ModelMeta", "Code")),
+    "modlee-output": Arm("Modlee: outputs", modlee=("Output",)),
+    "everything": Arm(
+        "Lightning, all of these at once",
+        features=("bar", "log", "checkpoint", "clip"),
+        modlee=("Data", "Transforms", "ModelMeta", "Code", "Output"),
+    ),
+    "defaults": Arm("Lightning as it comes", features=("defaults",)),
+    "shipped": Arm("this adapter, --no-modlee", features=("shipped",)),
+    "modlee": Arm(
+        "this adapter with Modlee",
+        features=("shipped",),
+        modlee=("Data", "Transforms", "ModelMeta", "Code"),
+    ),
+}
+# What is switched on alone, and the arm beside which that is all.
+ITEMS = {
+    **dict.fromkeys(("bar", "log", "checkpoint", "clip", "autolog"), "off"),
+    **dict.fromkeys(("modlee-data", "modlee-model", "modlee-output"), "autolog"),
+}
+# Arms that take turns, few enough to be close in time, each with what it is compared to. The first
+# group is all that --quick and the other sizes have.
+GROUPS = (
+    ("raw", "barebones", "defaults", "shipped", "modlee"),
+    ("raw", "compiled", "off", "clip", "everything"),
+    ("off", "bar", "log", "checkpoint", "autolog"),
+    ("autolog", "modlee-data", "modlee-model", "modlee-output"),
+)
+
+
+class Interval(typing.NamedTuple):
+    """A figure with its bootstrapped 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Gate:
+    """What stands in the way of an arm that asks for its next batch, so that arms take turns.
+
+    A sampler calls it with the number of the batch. Every WINDOW batches it waits for the device,
+    answers with what the window took, and goes on when it is asked to.
+    """
+
+    def __init__(self, pipe, device: torch.device, progress: Progress):
+        self.pipe, self.device, self.progress = pipe, device, progress
+        self.waited = 0.0  # seconds in here
+        self.parts: dict[str, float] = {}
+        self.events = None
+        if device.type == "cuda":
+            self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+
+    def clock(self) -> float:
+        """Seconds, which stand still while the gate is closed."""
+        return time.perf_counter() - self.waited
+
+    def __call__(self, index: int) -> None:
+        if index % WINDOW:
+            return
+        closed = time.perf_counter()
+        self.pipe.send(self.measure() if index else None)
+        try:
+            self.pipe.recv()
+        except EOFError:
+            os._exit(0)
+        gc.collect()  # which no arm does by itself
+        self.wake()
+        memory_peak(self.device, reset=index == WINDOW)
+        self.parts.clear()
+        if self.events:
+            self.events[0].record()
+        self.waited += time.perf_counter() - closed
+        self.started = self.clock()
+
+    def wake(self) -> None:
+        """Threads fall asleep while others have their turn, and clocks go down."""
+        until = time.perf_counter() + 0.1
+        a = torch.ones(256, 256, device=self.device)
+        while time.perf_counter() < until:
+            a @ a
+        synchronize(self.device)
+
+    def measure(self) -> dict:
+        enqueued = self.clock() - self.started
+        if self.events:
+            self.events[1].record()
+        synchronize(self.device)
+        seconds = self.clock() - self.started
+        device_seconds = None
+        if self.events:
+            device_seconds = self.events[0].elapsed_time(self.events[1]) / 1e3
+        return {
+            "seconds": seconds,
+            "enqueue_seconds": enqueued,
+            "device_seconds": device_seconds,
+            "peak": memory_peak(self.device),
+            "parts": dict(self.parts),
+            "points": list(self.progress.train),
+        }
+
+
+class GatedSampler(data.BucketBatchSampler):
+    """The same WINDOW batches over and over in one endless epoch, so that any two turns are the same
+    work. `gate` is called with the number of each batch before it is handed out."""
+
+    gate: Callable[[int], None] = staticmethod(lambda index: None)
+
+    def set_epoch(self, epoch: int) -> None:
+        super().set_epoch(epoch)
+        kinds = [self.batches[i % len(self.batches)] for i in range(WINDOW)]
+        self.batches = kinds * 1000
+        self._tokens = [int(self.target_lengths[rows].sum()) for rows in kinds] * 1000
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for index, rows in enumerate(super().__iter__()):
+            self.gate(index)
+            yield rows
+
+
+def trainer_changes(features: tuple[str, ...], folder: str) -> dict:
+    """Arguments of the Trainer for what is switched on."""
+    from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+    from lightning.pytorch.loggers import CSVLogger
+
+    if "shipped" in features:
+        return {}
+    if "barebones" in features:
+        return {"barebones": True, "callbacks": []}
+    changes = {"callbacks": [], "default_root_dir": folder}
+    if "defaults" in features:
+        names = ("logger", "enable_checkpointing", "enable_model_summary")
+        return changes | dict.fromkeys(names, True)
+
+    class LogEveryStep(Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            module.log("step_loss", outputs["loss"])
+
+    changes["enable_progress_bar"] = "bar" in features
+    if "log" in features:
+        changes |= {"logger": CSVLogger(folder), "log_every_n_steps": 1}
+        changes["callbacks"].append(LogEveryStep())
+    if "checkpoint" in features:
+        saving = ModelCheckpoint(folder, every_n_train_steps=LOG_EVERY)
+        changes["callbacks"].append(saving)
+        changes["enable_checkpointing"] = True
+    if "clip" in features:
+        changes["gradient_clip_val"] = TrainConfig.clip_norm
+    return changes
+
+
+def bench_adapter(arm: Arm, model, config: TrainConfig, progress: Progress):
+    """The adapter around a model, as an arm wants it."""
+    from types import MethodType
+
+    module = import_lightning().LightningModule
+    if arm.modlee is not None:
+        import_modlee()
+    base = module if arm.modlee is None else modlee_base()
+    adapter = adapter_class(base)(dataclasses.asdict(model.config), model)
+    adapter.attach(config, progress)
+    if "clip" in arm.features:
+        theirs = MethodType(module.configure_gradient_clipping, adapter)
+        adapter.configure_gradient_clipping = theirs
+    return adapter
+
+
+class PartialRecord(ModleeRecord):
+    """With some of Modlee's callbacks, also of those that this program leaves out."""
+
+    wanted: tuple[str, ...] = ()
+
+    def callbacks(self, adapter, restore) -> list:
+        from modlee.model.callbacks import LogOutputCallback
+
+        begin, *kept = super().callbacks(adapter, restore)
+        kept.append(LogOutputCallback())
+        names = [(type(callback).__name__, callback) for callback in kept]
+        return [begin] + [
+            callback
+            for name, callback in names
+            if any(word in name for word in self.wanted)
+        ]
+
+
+def bench_case(config: TrainConfig, prepared: data.Data, device: torch.device):
+    """(model, loaders, progress): the same in every arm."""
+    model = build_model(config, prepared.tokenizer).to(device)
+    loaders = []
+    for part in (prepared.train, prepared.validation):
+        sampler = GatedSampler(*part.lengths, config.batch_size, config.seed)
+        collate = partial(data.pad_batch, pad_id=model.config.pad_id)
+        loaders.append(
+            torch.utils.data.DataLoader(part, batch_sampler=sampler, collate_fn=collate)
+        )
+    return model, loaders, Progress(config.precision == "fp16")
+
+
+@contextlib.contextmanager
+def taken_apart(gate: Gate, wait: bool) -> Iterator[None]:
+    """Note in gate.parts how long is spent in what every arm calls: loading, forward, backward,
+    clipping, Adam. What is left of a step is the loop around it. wait: for the device, each time."""
+    from unittest.mock import patch
+
+    from torch.utils.data.dataloader import _BaseDataLoaderIter
+
+    parts = {
+        "data": (_BaseDataLoaderIter, "__next__"),
+        "backward": (Tensor, "backward"),
+        "clipping": (torch.nn.utils, "clip_grad_norm_"),
+        "optimizer": (sys.modules[torch.optim.Adam.__module__], "adam"),
+    }
+
+    def timed(name: str, function: Callable) -> Callable:
+        def wrapper(*arguments, **more):
+            started = gate.clock()
+            result = function(*arguments, **more)
+            if wait:
+                synchronize(gate.device)
+            gate.parts[name] = gate.parts.get(name, 0.0) + gate.clock() - started
+            return result
+
+        return wrapper
+
+    with contextlib.ExitStack() as patches:
+        forward = timed("forward", batch_loss)
+        patches.enter_context(patch.dict(globals(), batch_loss=forward))
+        for name, (owner, function) in parts.items():
+            whole = timed(name, getattr(owner, function))
+            patches.enter_context(patch.object(owner, function, whole))
+        yield
+
+
+def profile_steps(config: TrainConfig, prepared: data.Data, device, path: Path) -> None:
+    """Write a trace of ten steps of the raw loop, after a window of warming up."""
+    from torch.profiler import ProfilerActivity, profile, schedule
+
+    model, loaders, progress = bench_case(config, prepared, device)
+    sampler = loaders[0].batch_sampler
+    sampler.batches = sampler.batches[: WINDOW + 11]
+
+    def save(profiler) -> None:
+        write_file(path, lambda part: profiler.export_chrome_trace(str(part)))
+
+    kinds = [ProfilerActivity.CPU]
+    if device.type == "cuda":
+        kinds.append(ProfilerActivity.CUDA)
+    ten = schedule(wait=0, warmup=WINDOW, active=10, repeat=1)
+    with profile(
+        activities=kinds, schedule=ten, on_trace_ready=save, record_shapes=True
+    ) as profiler:
+        sampler.gate = lambda index: profiler.step() if index else None
+        train_raw(model, *loaders, config, progress)
+
+
+def retire(config: TrainConfig) -> None:
+    """Let this process live in the folder of a benchmark, and write and draw its bars there."""
+    from threading import RLock
+
+    from tqdm import tqdm
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # for the process that asks
+    os.chdir(Path(config.mlruns).parent)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
+    tqdm.set_lock(
+        RLock()
+    )  # its own is a semaphore, which a killed process leaves behind
+
+
+def serve_arm(
+    arm: Arm,
+    config: TrainConfig,
+    prepared: data.Data,
+    device_name: str,
+    apart: bool,
+    pipe,
+) -> None:
+    """An arm in this process, which is its own. Answers None once it could begin, and then, each
+    time it is asked, what the next WINDOW steps took. apart: waiting for the device in between."""
+    retire(config)
+    device = choose_device(device_name)
+    try:
+        model, loaders, progress = bench_case(config, prepared, device)
+        gate = loaders[0].batch_sampler.gate = Gate(pipe, device, progress)
+        gc.disable()
+        if "compile" in arm.features and not compile_model(model):
+            pipe.send("nothing can compile here")
+            return
+        with taken_apart(gate, apart):
+            run_arm(arm, model, loaders, config, progress, prepared)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the asking process must hear of it
+        reason = f"{type(error).__name__}: {error}"
+        pipe.send(InputError(f"the arm {arm.label!r} failed: {reason}"))
+
+
+def run_arm(arm: Arm, model, loaders, config: TrainConfig, progress, prepared) -> None:
+    """Train as the arm does, in the current folder."""
+    if arm.loop == "raw":
+        train_raw(model, *loaders, config, progress)
+        return
+    device = next(model.parameters()).device
+    adapter = bench_adapter(arm, model, config, progress)
+    changes = trainer_changes(arm.features, os.getcwd())
+
+    def fit() -> None:
+        train_lightning(adapter, *loaders, config, device, **changes)
+
+    if arm.modlee is None:
+        fit()
+    else:
+        record = PartialRecord(import_modlee(), config, prepared)
+        record.wanted = arm.modlee
+        record.fit(adapter, fit)
+
+
+class Described(Exception):
+    """Modlee has described the run: no need to train."""
+
+
+def serve_start(
+    stock: bool, config: TrainConfig, prepared: data.Data, device_name: str, pipe
+) -> None:
+    """Answers what Modlee does before the first step: name -> (seconds, what went wrong). stock:
+    as Modlee comes, fed as its tutorial feeds it, but without the upload."""
+    retire(config)
+    os.environ["HOME"] = os.getcwd()  # where it leaves a file
+    found: dict[str, tuple[float, str]] = {}
+
+    def timed(name: str, function: Callable) -> Callable:
+        def wrapper(*arguments):
+            started, trouble = time.perf_counter(), ""
+            try:
+                function(*arguments)
+            except Exception as error:  # noqa: BLE001 - a stock callback may raise anything
+                trouble = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
+            found[name] = (time.perf_counter() - started, trouble)
+
+        return wrapper
+
+    def end() -> None:
+        raise Described
+
+    device = choose_device(device_name)
+    timed("import", import_modlee)()
+    modlee = import_modlee()
+    model, loaders, progress = bench_case(config, prepared, device)
+    record = ModleeRecord(modlee, config, prepared)
+    adapter = bench_adapter(ARMS["modlee"], model, config, progress)
+    adapter.on_train_start = end
+    ours = record.callbacks
+
+    def callbacks(adapter, restore) -> list:
+        made = (
+            type(adapter).configure_callbacks(adapter)
+            if stock
+            else ours(adapter, restore)
+        )
+        kept = []
+        for callback in made:
+            name = type(callback).__name__
+            if name != "PushServerCallback":
+                if name != "Begin":
+                    callback.on_train_start = timed(name, callback.on_train_start)
+                kept.append(callback)
+        return kept
+
+    record.callbacks = callbacks
+    if stock:
+        rows = [prepared.train[row] for row in range(200)]
+        sides = data.pad_batch(rows, model.config.pad_id)
+        fixed = torch.utils.data.TensorDataset(*sides)
+        loaders[0] = torch.utils.data.DataLoader(fixed, batch_size=16)
+        loaders[0].initial_tokenizer = prepared.tokenizer
+    with contextlib.suppress(Described):
+        record.fit(adapter, lambda: train_lightning(adapter, *loaders, config, device))
+    pipe.send(found)
+
+
+def outside(answer: dict) -> float:
+    """Seconds of a window in none of the parts that every arm calls."""
+    return answer["seconds"] - sum(answer["parts"].values())
+
+
+def paired_difference(windows: np.ndarray, reference: np.ndarray) -> Interval:
+    """How much longer a step takes, seconds: the median over pairs of windows, of which every one
+    was the same work, and 95 % of 2,000 resamplings of the pairs. Both [windows] seconds."""
+    differences = (windows - reference) / WINDOW
+    count = len(differences)
+    picks = np.random.default_rng(0).integers(count, size=(2000, count))
+    medians = np.median(differences[picks], axis=1)
+    low, high = np.percentile(medians, [2.5, 97.5])
+    return Interval(float(np.median(differences)), float(low), float(high))
+
+
+def describe_work(sampler: GatedSampler, config: Seq2SeqConfig) -> dict:
+    """What a step has to do, on average over a window: tokens and FLOPs without pads."""
+    batches = sampler.batches[:WINDOW]
+    sides = (sampler.source_lengths, sampler.target_lengths)
+    source, target = (sum(int(side[rows].sum()) for rows in batches) for side in sides)
+    padded = sum(
+        len(rows) * int(side[rows].max()) for rows in batches for side in sides
+    )
+    pairs = [
+        (int(sides[0][row]), int(sides[1][row])) for rows in batches for row in rows
+    ]
+    flops = 3 * sum(count_flops(config, *pair) for pair in pairs)
+    return {
+        "source_tokens": source / WINDOW,
+        "target_tokens": target / WINDOW,
+        "padding_share": round(1 - (source + target) / padded, 4),
+        "flops": flops / WINDOW,
+    }
+
+
+def take_turns(names: list[str], serve: dict, turns: int, bar) -> dict[str, dict]:
+    """Time arms in turn, each order and then its reverse. Returns name -> its answers [turns], after
+    comparing their losses over a first window that warms up."""
+    first = {}
+    for name in names:
+        first[name] = serve[name](True)
+        bar.update()
+    (_, expected), *_ = first[names[0]]["points"]
+    for name in names:
+        # Bit for bit where it can be: compiled code and GPUs add in another order.
+        exact = name != "compiled" and not torch.cuda.is_available()
+        (_, loss), *_ = first[name]["points"]
+        if abs(loss - expected) > (0 if exact else 1e-2 * expected):
+            raise InputError(
+                f"{ARMS[name].label!r} trains differently (a loss of {loss} where "
+                f"{ARMS[names[0]].label!r} has {expected}); nothing was timed"
+            )
+    found = {name: {"warm_up": first[name]["seconds"], "answers": []} for name in names}
+    for turn in range(turns):
+        for name in names if turn % 2 == 0 else reversed(names):
+            found[name]["answers"].append(serve[name](True))
+            bar.update()
+    return found
+
+
+def bench(config: BenchConfig) -> int:
+    """Group by group of arms and size by size; then the table, the figures and the picture."""
+    import importlib.util
+    import tempfile
+
+    from tqdm import tqdm
+
+    for flag in ("json", "picture", "profile"):
+        check_report(getattr(config, flag), f"--{flag}")
+    device = choose_device(config.device)
+    precision = choose_precision(config.precision, device)
+    sizes = SIZES["cuda" if device.type == "cuda" else "cpu"]
+    middle = list(sizes)[1]
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {
+            size: TrainConfig(
+                **changes,
+                max_epochs=1,
+                precision=precision,
+                num_samples=max(6400, 25 * changes.get("batch_size", 64)),
+                mlruns=f"{folder}/mlruns",
+            )
+            for size, changes in sizes.items()
+        }
+        prepared = prepare_data(settings[middle])
+        if config.profile:
+            path = Path(config.profile).expanduser()
+            profile_steps(settings[middle], prepared, device, path)
+            say("profile", f"ten steps of the raw loop, {middle} size: {path}")
+            return 0
+        plan = [(middle, group) for group in GROUPS[: 1 if config.quick else None]]
+        if not config.quick:
+            plan += [(size, GROUPS[0]) for size in sizes if size != middle]
+        has_modlee = importlib.util.find_spec("modlee") is not None
+        left_out = {}
+        if not has_modlee:
+            left_out["modlee"] = "not installed"
+            plan = [
+                (size, [name for name in group if ARMS[name].modlee is None])
+                for size, group in plan
+            ]
+            plan = [(size, group) for size, group in plan if len(group) > 1]
+        if not data.hub_reachable():
+            os.environ["HF_HUB_OFFLINE"] = (
+                "1"  # for Modlee, which would try for minutes
+            )
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+        peak = machine_rates(device, dtype[precision])[0]
+        turns = config.turns or (4 if config.quick else 16)
+        report = {
+            "command": " ".join(["python", "run.py", *sys.argv[1:]]),
+            "machine": describe_machine(device),
+            "versions": versions(),
+            "precision": precision,
+            "matmul_gflops": round(peak / 1e9, 1),
+            "steps_per_turn": WINDOW,
+            "turns": turns,
+            "sizes": {},
+            "left_out": left_out,
+        }
+        rows = []
+        total = sum((turns + 1) * len(group) for _, group in plan)
+        with tqdm(desc="bench", total=total, unit="turn", disable=None) as bar:
+            for size, group in plan:
+                common = (settings[size], prepared, config.device)
+                jobs = {name: (ARMS[name], *common, False) for name in group}
+                with serving(serve_arm, jobs) as serve:
+                    for name in list(group):
+                        if reason := serve[name]():
+                            left_out[name] = reason
+                            del serve[name]
+                    found = take_turns(list(serve), serve, turns, bar)
+                if not rows:
+                    parts = found["raw"]["answers"]
+                model, loaders, _ = bench_case(settings[size], prepared, device)
+                work = describe_work(loaders[0].batch_sampler, model.config)
+                report["sizes"][size] = {
+                    "model": dataclasses.asdict(model.config),
+                    **work,
+                }
+                rows += describe_arms(size, found, work, peak, device)
+        if device.type != "cpu":  # where the arms never wait between parts
+            apart = (ARMS["raw"], settings[middle], prepared, config.device, True)
+            with serving(serve_arm, {"apart": apart}) as serve:
+                serve["apart"]()
+                parts = [serve["apart"](True) for _ in range(4)][1:]
+        report["breakdown"] = describe_breakdown(parts)
+        report["start"] = {}
+        if has_modlee and not config.quick:
+            common = (settings[middle], prepared, config.device)
+            for name, stock in (("ours", False), ("stock", True)):
+                with serving(serve_start, {name: (stock, *common)}) as serve:
+                    report["start"][name] = serve[name]()
+    report["rows"] = rows
+    report["sum"] = describe_sum(rows, middle)
+    print_bench(report)
+    picture = Path(config.picture).expanduser()
+    draw_bench(picture, report, middle)
+    say("picture", f"{picture}")
+    if config.json:
+        write_json(Path(config.json).expanduser(), report)
+    return 0
+
+
+def describe_arms(
+    size: str, found: dict, work: dict, peak: float, device: torch.device
+) -> list[dict]:
+    """The figures of a group: each arm beside the first, or beside the one that ITEMS names."""
+
+    def windows(name: str, figure: Callable[[dict], float]) -> np.ndarray:
+        values = [figure(answer) for answer in found[name]["answers"]]
+        return np.array(values)
+
+    def whole(answer: dict) -> float:
+        return answer["seconds"]
+
+    first = next(iter(found))
+    rows = []
+    for name, arm in found.items():
+        base = ITEMS.get(name, first)
+        if base not in found or (name == first != "raw"):
+            continue  # only there for others to be compared to
+        seconds, base_seconds = (
+            float(np.median(windows(arm, whole))) / WINDOW for arm in (name, base)
+        )
+        # On a CPU one thing happens after the other, so a step splits into parts that all arms
+        # share and the loop around them. The shared ones make most of the noise.
+        figures = {"whole": whole}
+        if device.type == "cpu" and name != "compiled":
+            figures["loop"] = outside
+        differences = {
+            kind: paired_difference(windows(name, figure), windows(base, figure))
+            for kind, figure in figures.items()
+        }
+        peaks = [answer["peak"] for answer in arm["answers"] if answer["peak"]]
+        row = {
+            "size": size,
+            "arm": name,
+            "label": ARMS[name].label,
+            "beside": base,
+            "ms": seconds * 1e3,
+            "beside_ms": base_seconds * 1e3,
+            "more_ms": {kind: [v * 1e3 for v in d] for kind, d in differences.items()},
+            "source_tokens_per_second": work["source_tokens"] / seconds,
+            "target_tokens_per_second": work["target_tokens"] / seconds,
+            "gflops": work["flops"] / seconds / 1e9,
+            "mfu": work["flops"] / seconds / peak,
+            "peak_mib": max(peaks) / 2**20 if peaks else None,
+            "warm_up_seconds": arm["warm_up"],
+            "window_seconds": windows(name, whole).tolist(),
+        }
+        if device.type == "cuda":
+            for kind in ("device", "enqueue"):
+                values = [answer[f"{kind}_seconds"] for answer in arm["answers"]]
+                row[f"{kind}_ms"] = float(np.median(values)) / WINDOW * 1e3
+        rows.append(row)
+    return rows
+
+
+def describe_breakdown(answers: list[dict]) -> dict[str, float]:
+    """Milliseconds of a step that each part of the raw loop takes."""
+    parts = {
+        name: float(np.median([answer["parts"][name] for answer in answers]))
+        for name in answers[0]["parts"]
+    }
+    parts["the loop"] = float(np.median([outside(answer) for answer in answers]))
+    return {name: seconds / WINDOW * 1e3 for name, seconds in parts.items()}
+
+
+def best_difference(row: dict) -> list[float]:
+    """What an arm costs more, ms (value, low, high): outside the shared parts where that is known."""
+    return row["more_ms"].get("loop", row["more_ms"]["whole"])
+
+
+def describe_sum(rows: list[dict], size: str) -> dict | None:
+    """Whether the single costs add up to that of everything at once, in ms per step."""
+    found = {row["arm"]: best_difference(row) for row in rows if row["size"] == size}
+    if "everything" not in found:
+        return None
+    parts = [found[name] for name in ("off", *ITEMS)]
+    half = math.sqrt(sum(((high - low) / 2) ** 2 for _, low, high in parts))
+    total = sum(value for value, _, _ in parts)
+    together = found["everything"]
+    return {"parts": [total, total - half, total + half], "together": together}
+
+
+def print_bench(report: dict) -> None:
+    say("machine", f"{report['machine']}, {report['precision']}")
+    peak = f"{report['matmul_gflops']:,.0f} GFLOP/s"
+    say("peak", f"{peak}, the rate of a large matmul in that precision")
+    for what, reason in report["left_out"].items():
+        say("left out", f"{what}: {reason}")
+    for size, about in report["sizes"].items():
+        rows = [row for row in report["rows"] if row["size"] == size]
+        model = about["model"]
+        print(
+            f"\n{size}: {model['d_model']} wide, {model['num_encoder_layers']}+"
+            f"{model['num_decoder_layers']} layers; a step: {about['source_tokens']:.0f} "
+            f"source and {about['target_tokens']:.0f} target tokens, "
+            f"{about['padding_share']:.1%} padding, {about['flops'] / 1e9:.1f} GFLOP"
+        )
+        print(
+            f"{'':34}{'ms a step':>9}  src tok/s  tgt tok/s  GFLOP/s   MFU  peak MiB"
+            f"  first {WINDOW} steps"
+        )
+        for row in rows:
+            if row["arm"] not in ITEMS:
+                print(
+                    f"  {row['label']:32}{row['ms']:9.2f}"
+                    f"  {row['source_tokens_per_second']:9,.0f}"
+                    f"  {row['target_tokens_per_second']:9,.0f}"
+                    f"  {row['gflops']:7.0f}  {row['mfu']:4.0%}"
+                    f"  {row['peak_mib'] or 0:8.0f}  {row['warm_up_seconds']:.1f} s"
+                )
+        print(
+            f"{'costs more, ms a step (95 %)':34}{'whole step':24}    share  "
+            f"{'outside the model':24}    share  beside"
+        )
+        for row in rows:
+            if row["beside"] == row["arm"]:
+                continue
+            cells = [
+                f"{say_interval(values)}  {values[0] / row['beside_ms']:7.2%}"
+                for values in row["more_ms"].values()
+            ]
+            print(f"  {row['label']:32}{'  '.join(cells)}  {ARMS[row['beside']].label}")
+    if report["sum"]:
+        print(
+            f"\n{'all off, and each thing: the sum':34}{say_interval(report['sum']['parts'])}"
+        )
+        print(f"{'all at once':34}{say_interval(report['sum']['together'])}")
+    parts = ", ".join(f"{name} {ms:.2f}" for name, ms in report["breakdown"].items())
+    print(f"\na step of the raw loop, ms: {parts}")
+    if report["start"]:
+        print(f"\n{'Modlee before the first step, s':34}{'here':>8}    as it comes")
+        for name in report["start"]["stock"] | report["start"]["ours"]:
+            ours, stock = (
+                say_start(report["start"][kind].get(name)) for kind in ("ours", "stock")
+            )
+            print(f"  {name:32}{ours:>8}    {stock}")
+    print()
+    widths = [
+        (high - low) / 2 / row["beside_ms"]
+        for row in report["rows"]
+        for _, low, high in [row["more_ms"]["whole"]]
+        if row["ms"] >= 50
+    ]
+    if widths and max(widths) > 0.01:
+        say(
+            "noise",
+            f"the machine was too noisy for whole steps: intervals up to ±{max(widths):.1%}",
+        )
+
+
+def say_interval(values: list[float]) -> str:
+    value, low, high = values
+    return f"{value:7.3f} ({low:7.3f} to {high:7.3f})"
+
+
+def say_start(found: tuple[float, str] | None) -> str:
+    if found is None:
+        return "-"
+    seconds, trouble = found
+    return f"{seconds:.2f}" + (f"  fails: {trouble}" if trouble else "")
+
+
+def draw_bench(path: Path, report: dict, middle: str) -> None:
+    """Left: what each thing costs per step, with its interval. Right: the same for three sizes."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in report["rows"] if row["arm"] not in ("raw", "compiled")]
+    items = [row for row in rows if row["size"] == middle]
+    items.sort(key=lambda row: list(ARMS).index(row["arm"]), reverse=True)
+    raw = next(
+        row for row in report["rows"] if row["size"] == middle and row["arm"] == "raw"
+    )
+    figure = Figure(figsize=(12, 1.6 + 0.34 * max(len(items), 8)), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    colours = {"raw": "tab:blue", "off": "tab:orange", "autolog": "tab:green"}
+    for place, row in enumerate(items):
+        value, low, high = best_difference(row)
+        error = [[value - low], [high - value]]
+        left.barh(place, value, color=colours[row["beside"]], alpha=0.6)
+        left.errorbar(value, place, xerr=error, color="black", capsize=3)
+    left.set_yticks(range(len(items)), [row["label"] for row in items])
+    left.axvline(0, color="black", linewidth=0.8)
+    where = " outside the model" if "loop" in raw["more_ms"] else ""
+    left.set_xlabel(f"ms more per step{where}")
+    left.set_title(
+        f"itemised: {middle} size, a step of the raw loop takes {raw['ms']:.1f} ms"
+    )
+    share = left.secondary_xaxis(
+        "top",
+        functions=(
+            lambda ms: ms / raw["ms"] * 100,
+            lambda share: share * raw["ms"] / 100,
+        ),
+    )
+    share.set_xlabel("% of a step")
+    beside = {"raw": "the raw loop", "off": "Lightning, all switched off"}
+    beside["autolog"] = "mlflow autolog"
+    for name in dict.fromkeys(row["beside"] for row in reversed(items)):
+        left.barh(0, 0, color=colours[name], alpha=0.6, label=f"beside {beside[name]}")
+    left.legend(loc="lower right", fontsize=8)
+    sizes = list(report["sizes"])
+    sizes.sort(key=lambda size: report["sizes"][size]["flops"])
+    raws = {row["size"]: row["ms"] for row in report["rows"] if row["arm"] == "raw"}
+    for name in GROUPS[0][1:]:
+        points = [
+            row
+            for size in sizes
+            for row in rows
+            if row["arm"] == name and row["size"] == size
+        ]
+        if points:
+            values, lows, highs = zip(*(best_difference(row) for row in points))
+            errors = [np.subtract(values, lows), np.subtract(highs, values)]
+            times = [raws[row["size"]] for row in points]
+            right.errorbar(
+                times, values, errors, marker="o", capsize=3, label=ARMS[name].label
+            )
+    right.axhline(0, color="black", linewidth=0.8)
+    right.set_xscale("log")
+    right.set_xticks(
+        [raws[size] for size in sizes],
+        [f"{size}\n{raws[size]:.0f} ms" for size in sizes],
+    )
+    right.minorticks_off()
+    right.set_xlabel("a step of the raw loop")
+    right.set_ylabel(f"ms more per step{where}")
+    right.set_title("by size of the model")
+    right.legend(fontsize=8)
+    found = report["versions"]
+    figure.suptitle(
+        f"What Lightning costs: {report['machine']}, {report['precision']}, torch "
+        f"{found['torch']}, lightning {found['lightning']}, modlee {found['modlee'] or 'absent'}"
+        "\nmedians with bootstrapped 95 % intervals of paired differences",
+        fontsize=10,
+    )
+    write_file(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+
+
 # ---- commands ---------------------------------------------------------------------------------
 
 
@@ -2358,26 +3236,12 @@ def train(config: TrainConfig) -> int:
     config = dataclasses.replace(config, precision=precision, output=str(output))
     checkpoints = checkpoint_folder(config)
     check_push(config)
-    model_config = choose_model(config)
+    choose_model(config)
 
-    languages = (config.source_lang, config.target_lang)
-    prepared = data.prepare(
-        data.read_pairs(config.dataset, config.subset, config.split, languages),
-        config.tokenizer,
-        config.max_length,
-        config.validation_size,
-        config.num_samples,
-        config.seed,
-    )
+    prepared = prepare_data(config)
     tokenizer = prepared.tokenizer
-    model_config = dataclasses.replace(
-        model_config,
-        vocab_size=len(tokenizer),
-        pad_id=tokenizer.pad_token_id,
-        eos_id=tokenizer.eos_token_id,
-    )
-    torch.manual_seed(config.seed)
-    model = TransformerSeq2SeqModel(**dataclasses.asdict(model_config)).to(device)
+    model = build_model(config, tokenizer).to(device)
+    model_config = model.config
     loaders = [
         data.make_loader(
             part,
@@ -2448,6 +3312,7 @@ def train(config: TrainConfig) -> int:
     say("loss", f"training {progress.epoch_loss:.4f}, validation {validation_loss:.4f}")
     text = prepared.validation_text
     sources, references = list(text["source"]), list(text["target"])
+    languages = (config.source_lang, config.target_lang)
     translator = Translator(model, tokenizer, languages, DecodeOptions())
     hypotheses = translator.first(sources)
     translator.report("pair")
@@ -2517,6 +3382,30 @@ def choose_model(config: TrainConfig) -> Seq2SeqConfig:
         return Seq2SeqConfig(vocab_size=2, **given)
     except ValueError as error:
         raise InputError(str(error)) from None
+
+
+def prepare_data(config: TrainConfig) -> data.Data:
+    languages = (config.source_lang, config.target_lang)
+    return data.prepare(
+        data.read_pairs(config.dataset, config.subset, config.split, languages),
+        config.tokenizer,
+        config.max_length,
+        config.validation_size,
+        config.num_samples,
+        config.seed,
+    )
+
+
+def build_model(config: TrainConfig, tokenizer) -> TransformerSeq2SeqModel:
+    """The model the flags ask for, with the weights that follow from the seed."""
+    model_config = dataclasses.replace(
+        choose_model(config),
+        vocab_size=len(tokenizer),
+        pad_id=tokenizer.pad_token_id,
+        eos_id=tokenizer.eos_token_id,
+    )
+    torch.manual_seed(config.seed)
+    return TransformerSeq2SeqModel(**dataclasses.asdict(model_config))
 
 
 def describe_run(
@@ -2721,6 +3610,7 @@ def main(command: str, config) -> int:
         "translate": translate,
         "evaluate": evaluate,
         "export": export,
+        "bench": bench,
         "bench decode": bench_decode,
     }
     try:
