@@ -2332,7 +2332,7 @@ def bench_decode(config: BenchDecodeConfig) -> int:
                 )
     report = {
         "command": " ".join(["python", "run.py", *sys.argv[1:]]),
-        "machine": describe_machine(device),
+        "machine": f"{describe_machine(device)}, float32",
         "versions": versions(),
         "model": dataclasses.asdict(model.config),
         "sentences": len(sentences),
@@ -2376,7 +2376,7 @@ def describe_machine(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name()
     threads = torch.get_num_threads()
-    return f"{platform.system()} {platform.machine()}, {threads} CPU threads, float32"
+    return f"{platform.system()} {platform.machine()}, {threads} CPU threads"
 
 
 def check_report(name: str | None, flag: str = "--json") -> None:
