@@ -308,7 +308,7 @@ class BenchConfig:
 
     quick: bool = option(False, "five arms, one size, a few rounds")
     turns: int | None = option(
-        None, "of 20 timed steps for each arm; default: 16, with --quick 4"
+        None, "of 20 timed steps for each arm; default: 12, with --quick 4"
     )
     device: str = option("auto", "auto, cpu, cuda or mps")
     precision: str = option(
@@ -2392,7 +2392,7 @@ WINDOW = LOG_EVERY  # steps in a turn of an arm: all that is periodic comes roun
 FRAMEWORK = {"d_model": 64, "nhead": 4, "dim_feedforward": 256}
 FRAMEWORK |= {"num_encoder_layers": 1, "num_decoder_layers": 1, "batch_size": 16}
 WIDE = {"d_model": 256, "nhead": 8, "dim_feedforward": 1024}
-WIDE |= {"num_encoder_layers": 3, "num_decoder_layers": 3, "batch_size": 64}
+WIDE |= {"num_encoder_layers": 2, "num_decoder_layers": 2, "batch_size": 64}
 TUTORIAL = {"d_model": 512, "nhead": 8, "dim_feedforward": 2048}
 TUTORIAL |= {"num_encoder_layers": 6, "num_decoder_layers": 6}
 WIDEST = TUTORIAL | {"d_model": 1024, "nhead": 16, "dim_feedforward": 4096}
@@ -2533,16 +2533,17 @@ class Gate:
 
 
 class GatedSampler(data.BucketBatchSampler):
-    """The same WINDOW batches over and over in one endless epoch, so that any two turns are the same
+    """The same WINDOW batches over and over in one long epoch, so that any two turns are the same
     work. `gate` is called with the number of each batch before it is handed out."""
 
     gate: Callable[[int], None] = staticmethod(lambda index: None)
+    windows = 1000
 
     def set_epoch(self, epoch: int) -> None:
         super().set_epoch(epoch)
         kinds = [self.batches[i % len(self.batches)] for i in range(WINDOW)]
-        self.batches = kinds * 1000
-        self._tokens = [int(self.target_lengths[rows].sum()) for rows in kinds] * 1000
+        tokens = [int(self.target_lengths[rows].sum()) for rows in kinds]
+        self.batches, self._tokens = kinds * self.windows, tokens * self.windows
 
     def __iter__(self) -> Iterator[list[int]]:
         for index, rows in enumerate(super().__iter__()):
@@ -2618,14 +2619,15 @@ class PartialRecord(ModleeRecord):
 def bench_case(config: TrainConfig, prepared: data.Data, device: torch.device):
     """(model, loaders, progress): the same in every arm."""
     model = build_model(config, prepared.tokenizer).to(device)
-    loaders = []
-    for part in (prepared.train, prepared.validation):
-        sampler = GatedSampler(*part.lengths, config.batch_size, config.seed)
-        collate = partial(data.pad_batch, pad_id=model.config.pad_id)
-        loaders.append(
-            torch.utils.data.DataLoader(part, batch_sampler=sampler, collate_fn=collate)
-        )
-    return model, loaders, Progress(config.precision == "fp16")
+    pad_id = model.config.pad_id
+    sampler = GatedSampler(*prepared.train.lengths, config.batch_size, config.seed)
+    collate = partial(data.pad_batch, pad_id=pad_id)
+    train_loader = torch.utils.data.DataLoader(
+        prepared.train, batch_sampler=sampler, collate_fn=collate
+    )
+    validation_loader = data.make_loader(prepared.validation, config.batch_size, pad_id)
+    progress = Progress(config.precision == "fp16")
+    return model, [train_loader, validation_loader], progress
 
 
 @contextlib.contextmanager
@@ -2669,7 +2671,8 @@ def profile_steps(config: TrainConfig, prepared: data.Data, device, path: Path) 
 
     model, loaders, progress = bench_case(config, prepared, device)
     sampler = loaders[0].batch_sampler
-    sampler.batches = sampler.batches[: WINDOW + 11]
+    sampler.windows = 2
+    sampler.set_epoch(0)
 
     def save(profiler) -> None:
         write_file(path, lambda part: profiler.export_chrome_trace(str(part)))
@@ -2918,7 +2921,7 @@ def bench(config: BenchConfig) -> int:
             )
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
         peak = machine_rates(device, dtype[precision])[0]
-        turns = config.turns or (4 if config.quick else 16)
+        turns = config.turns or (4 if config.quick else 12)
         report = {
             "command": " ".join(["python", "run.py", *sys.argv[1:]]),
             "machine": describe_machine(device),

@@ -328,7 +328,7 @@ class DecoderLayer(_Layer):
         def attend(h: Tensor) -> Tensor:
             query, key, value = self.self_attention.project(h, 0, 3)
             query, key = positions.rotate(query), positions.rotate(key)
-            is_causal = causal_mask is None and query.size(2) > 1
+            is_causal = causal_mask is None
             return self.self_attention(query, key, value, causal_mask, is_causal)
 
         def attend_to_source(h: Tensor) -> Tensor:

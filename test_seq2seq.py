@@ -5,10 +5,12 @@
 Tests that need Modlee are skipped where it is not installed.
 """
 
+import argparse
 import csv
 import dataclasses
 import inspect
 import io
+import itertools
 import json
 import logging
 import math
@@ -1193,6 +1195,8 @@ def test_the_tutorial_preset_is_the_tutorial_to_the_letter():
         (["translate", "--model", "x", "--attention", "a.png"], "one sentence"),
         (["export", "--model", "x"], "required: OUTPUT"),
         (["bench", "decode", "--beam", "0"], "at least 1"),
+        (["bench", "--turns", "0"], "at least 1"),
+        (["bench", "encode"], "unrecognized arguments: encode"),
         (["translate", "--model", "x", "--length-penalty", "nan"], "length-penalty"),
         (["translate", "--model", "x", "--temperature", "inf"], "temperature"),
         (["translate", "--model", "x", "--beam", "2000000"], "not be above 1000"),
@@ -1843,6 +1847,18 @@ def test_a_loss_that_is_no_number_names_step_and_rows(prepared):
     assert feed(run.Progress(overflows=True)).train == [(3, 8.0 / tokens)]
 
 
+def test_bad_weights_are_no_checkpoint(tmp_path):
+    model = tiny_model()
+    progress = run.Progress(save=lambda state: tmp_path / "written")
+    progress.begin(model=model)
+    progress.save()
+    assert progress.checkpoint == tmp_path / "written"
+    with torch.no_grad():
+        model.embedding.weight[3, 3] = math.inf
+    with pytest.raises(run.Diverged, match=f"no number; last good.*{tmp_path}"):
+        progress.save()
+
+
 @pytest.mark.parametrize("loop", ["raw", "lightning"])
 def test_a_diverging_run_ends_in_one_line(loop, tmp_path):
     arguments = (*SMALL, "--loop", loop, "--no-modlee", "--output", tmp_path / "model")
@@ -1868,6 +1884,32 @@ def test_without_a_compiler_training_goes_on(prepared, monkeypatch, capsys):
     assert "--loop raw" in capsys.readouterr().err
 
 
+def test_a_compiled_model_has_the_same_loss_and_gradients(prepared):
+    """For batches of several shapes, of which none but the first is compiled for."""
+    model, compiled = (
+        tiny_model(
+            vocab_size=len(prepared.tokenizer),
+            dropout=0.0,
+            num_encoder_layers=1,
+            num_decoder_layers=1,
+        )
+        for _ in range(2)
+    )
+    if not run.compile_model(compiled):
+        pytest.skip("nothing can compile here")
+    for count in (3, 5, 7):
+        batch = data.pad_batch([prepared.train[row] for row in range(count)])
+        losses = []
+        for network in (model, compiled):
+            network.zero_grad()
+            loss, tokens = run.batch_loss(network, batch, 0)
+            (loss / tokens).backward()
+            losses.append(loss / tokens)
+        assert close(*losses, 1e-5)
+        for ours, theirs in zip(model.parameters(), compiled.parameters()):
+            assert close(ours.grad, theirs.grad, 1e-4)
+
+
 def test_the_schedule_rises_and_ends_near_zero():
     config = run.TrainConfig(learning_rate=1.0, warmup=0.1, schedule="cosine")
     parameter = torch.nn.Parameter(torch.zeros(1))
@@ -1888,6 +1930,180 @@ def test_clipping_bounds_the_gradient_norm():
     run.clip_gradients(model, run.TrainConfig(clip_norm=0.25))
     norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
     assert norm.item() == pytest.approx(0.25, rel=1e-3)
+
+
+# ---- what a step costs ------------------------------------------------------------------------
+
+
+TINY = {"d_model": 16, "nhead": 2, "dim_feedforward": 32, "batch_size": 32}
+TINY |= {"num_encoder_layers": 1, "num_decoder_layers": 1}
+
+
+def bench_case(prepared, device="cpu", **changes):
+    config = run.TrainConfig(**TINY, max_epochs=1, precision="fp32", **changes)
+    model, loaders, progress = run.bench_case(config, prepared, torch.device(device))
+    sampler = loaders[0].batch_sampler
+    sampler.windows = 1
+    sampler.set_epoch(0)
+    return config, model, loaders, progress
+
+
+def test_two_turns_are_the_same_work(prepared):
+    _, model, loaders, _ = bench_case(prepared)
+    sampler = loaders[0].batch_sampler
+    sampler.windows = 2
+    sampler.set_epoch(0)
+    seen = []
+    sampler.gate = seen.append
+    batches = list(itertools.islice(sampler, 2 * run.WINDOW))
+    assert batches[: run.WINDOW] == batches[run.WINDOW :]
+    assert seen == list(range(2 * run.WINDOW))
+    work = run.describe_work(sampler, model.config)
+    rows = [row for batch in batches[: run.WINDOW] for row in batch]
+    pairs = [prepared.train[row] for row in rows]
+    assert work["source_tokens"] == sum(len(s) for s, _ in pairs) / run.WINDOW
+    assert work["target_tokens"] == sum(len(t) for _, t in pairs) / run.WINDOW
+    flops = sum(count_flops(model.config, len(s), len(t)) for s, t in pairs)
+    assert work["flops"] == 3 * flops / run.WINDOW
+    tokens = [sampler.window_tokens(index, 2) for index in (0, run.WINDOW)]
+    assert tokens[0] == tokens[1] == sum(map(sampler.target_tokens, (0, 1)))
+
+
+@pytest.mark.parametrize(
+    "arm",
+    ["barebones", "off", "bar", "log", "checkpoint", "clip", "defaults", "shipped"],
+)
+def test_every_arm_trains_like_the_raw_loop(prepared, arm, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ends = []
+    for name in ("raw", arm):
+        config, model, loaders, progress = bench_case(prepared)
+        run.run_arm(run.ARMS[name], model, loaders, config, progress, prepared)
+        ends.append((progress.train, progress.validation, model))
+    assert ends[0][:2] == ends[1][:2] and ends[0][0][0][0] == run.WINDOW
+    assert same_weights(ends[0][2], ends[1][2])
+    left = [path.suffix for path in tmp_path.rglob("*") if path.is_file()]
+    assert (".ckpt" in left) == (arm in ("checkpoint", "defaults"))
+    assert (".csv" in left) == (arm in ("log", "defaults"))
+
+
+def test_a_step_is_taken_apart_without_a_remainder(prepared, monkeypatch):
+    """Every part is called as often as it should be, and is itself again afterwards."""
+    config, model, loaders, progress = bench_case(prepared)
+    gate = run.Gate(None, torch.device("cpu"), progress)
+    ticks = itertools.count()
+    monkeypatch.setattr(gate, "clock", lambda: next(ticks))
+    loss, backward = run.batch_loss, torch.Tensor.backward
+    with run.taken_apart(gate, wait=True):
+        run.train_raw(model, *loaders, config, progress)
+    steps = run.WINDOW
+    validated = len(loaders[1])
+    assert gate.parts.pop("forward") == steps + validated
+    assert gate.parts.pop("data") >= steps + validated
+    assert gate.parts == dict.fromkeys(("backward", "clipping", "optimizer"), steps)
+    assert (run.batch_loss, torch.Tensor.backward) == (loss, backward)
+
+
+def test_the_difference_of_pairs_has_an_interval():
+    random_state = np.random.default_rng(1)
+    reference = 1.0 + 0.1 * random_state.standard_normal(40)
+    noise = 0.01 * random_state.standard_normal(40)
+    found = run.paired_difference(reference + 0.2 + noise, reference)
+    assert found.low < 0.2 / run.WINDOW < found.high
+    assert found.high - found.low < 0.02 / run.WINDOW
+    stalled = reference + 0.2 + noise
+    stalled[3] += 30  # one stall of the machine
+    again = run.paired_difference(stalled, reference)
+    assert again.value == pytest.approx(found.value, abs=0.005 / run.WINDOW)
+
+
+def served(name: str, order: list, loss: float = 5.0):
+    """A stand-in for an arm: its loop takes as many ms a step as its name has letters."""
+
+    def ask(*question) -> dict:
+        order.append(name)
+        parts = {"forward": 0.8, "backward": 1.2}
+        seconds = 2.0 + len(name) * 1e-3 * run.WINDOW
+        measured = {"seconds": seconds, "parts": parts, "points": [(20, loss)]}
+        return measured | {"peak": 2**20, "device_seconds": None}
+
+    return ask
+
+
+def test_arms_take_turns_there_and_back():
+    order, names = [], ["raw", "off", "clip"]
+    bar = argparse.Namespace(update=lambda count=1: None)
+    serve = {name: served(name, order) for name in names}
+    found = run.take_turns(names, serve, 2, bar)
+    assert order == [*names, *names, *reversed(names)]
+    assert [len(found[name]["answers"]) for name in names] == [2, 2, 2]
+    serve["clip"] = served("clip", order, 5.0000001)
+    del order[:]
+    with pytest.raises(data.InputError, match="nothing was timed"):
+        run.take_turns(names, serve, 2, bar)
+    assert order == names
+
+
+def test_costs_are_itemised_and_drawn(tmp_path, capsys):
+    bar = argparse.Namespace(update=lambda count=1: None)
+    sizes = {"small": 1e9, "demo": 4e9}
+    cpu = torch.device("cpu")
+    report = {"rows": [], "sizes": {}, "left_out": {}, "start": {}, "precision": "fp32"}
+    report |= {
+        "machine": "a machine",
+        "matmul_gflops": 100.0,
+        "versions": run.versions(),
+    }
+    for size, flops in sizes.items():
+        work = {"source_tokens": 10, "target_tokens": 20, "padding_share": 0.1}
+        model = dataclasses.asdict(tiny_model().config)
+        report["sizes"][size] = work | {"flops": flops, "model": model}
+        for group in run.GROUPS[: 1 if size == "small" else None]:
+            serve = {name: served(name, []) for name in group}
+            found = run.take_turns(list(group), serve, 3, bar)
+            report["rows"] += run.describe_arms(
+                size, found, report["sizes"][size], 1e11, cpu
+            )
+    rows = {row["arm"]: row for row in report["rows"] if row["size"] == "demo"}
+    assert (
+        rows["clip"]["beside"] == "off" and rows["modlee-data"]["beside"] == "autolog"
+    )
+    assert rows["clip"]["more_ms"]["loop"] == pytest.approx(
+        [1, 1, 1]
+    )  # clip - off letters
+    assert rows["off"]["more_ms"]["whole"] == pytest.approx([0, 0, 0], abs=1e-9)
+    assert rows["raw"]["mfu"] == pytest.approx(4e9 / (rows["raw"]["ms"] / 1e3) / 1e11)
+    assert rows["raw"]["ms"] == pytest.approx(103)
+    report["breakdown"] = run.describe_breakdown(found["autolog"]["answers"])
+    assert report["breakdown"]["the loop"] == pytest.approx(len("autolog"))
+    report["sum"] = run.describe_sum(report["rows"], "demo")
+    letters = [len(name) - len(base) for name, base in run.ITEMS.items()]
+    assert report["sum"]["parts"][0] == pytest.approx(sum(letters))
+    report["start"] = {
+        "ours": {"import": (1.0, "")},
+        "stock": {"import": (1.0, ""), "Code": (2.0, "OSError: no network")},
+    }
+    run.print_bench(report)
+    printed = capsys.readouterr().out
+    assert "fails: OSError: no network" in printed and "noise" not in printed
+    assert all(run.ARMS[name].label in printed for name in run.ARMS)
+    run.draw_bench(tmp_path / "bench.png", report, "demo")
+    assert (tmp_path / "bench.png").stat().st_size > 20_000
+    for row in report["rows"]:
+        row["more_ms"]["whole"][2] += 10
+    run.print_bench(report)
+    assert "too noisy" in capsys.readouterr().out
+
+
+def test_bench_writes_a_trace_of_ten_steps(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "SIZES", {"cpu": {"small": {}, "demo": TINY}})
+    path = tmp_path / "trace.json"
+    assert main("bench", "--profile", path, "--device", "cpu") == 0
+    events = json.loads(path.read_text())["traceEvents"]
+    steps = [event for event in events if "Optimizer.step#Adam" in event["name"]]
+    assert len(steps) == 10
+    assert main("bench", "--picture", tmp_path / "none" / "bench.png") == 2
+    assert "no file can be written" in capsys.readouterr().err
 
 
 # ---- the wmt16 path ---------------------------------------------------------------------------
