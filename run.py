@@ -3,10 +3,13 @@
     python run.py                                    the demo: built-in corpus, a few minutes, no network
     python run.py --preset tutorial                  Modlee's Text2Text settings, with a correct model
     python run.py --dataset pairs.tsv --tokenizer train:8000 --max-epochs 10
-    python run.py --loop raw --no-modlee             the hand-written loop over the same model
+    python run.py --loop raw                         the hand-written loop over the same model
+    python run.py --resume runs/NAME.checkpoints     a run that was stopped or killed goes on
+    torchrun --nproc_per_node 2 run.py --loop raw    on two devices
     python run.py translate --model DIR              lines on stdin -> lines on stdout
     python run.py evaluate --model DIR --dataset pairs.tsv
     python run.py export --model DIR --to hf OUT     the same model for transformers and CTranslate2
+    python run.py bench                              what Lightning and Modlee cost per step
     python run.py bench decode --model DIR           decoding speed beside theirs
 
 The file reads from top to bottom: settings and command line, what both loops share, the raw loop,
@@ -3087,6 +3090,13 @@ def print_bench(report: dict) -> None:
                     f"  {row['gflops']:7.0f}  {row['mfu']:4.0%}"
                     f"  {row['peak_mib'] or 0:8.0f}  {row['warm_up_seconds']:.1f} s"
                 )
+                if "device_ms" in row:
+                    times = row["device_ms"], row["enqueue_ms"]
+                    print(
+                        "{:34}device {:.2f} ms, enqueued in {:.2f} ms".format(
+                            "", *times
+                        )
+                    )
         print(
             f"{'costs more, ms a step (95 %)':34}{'whole step':24}    share  "
             f"{'outside the model':24}    share  beside"
