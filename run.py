@@ -3189,7 +3189,10 @@ def draw_bench(path: Path, report: dict, middle: str) -> None:
     left.legend(loc="lower right", fontsize=8)
     sizes = list(report["sizes"])
     sizes.sort(key=lambda size: report["sizes"][size]["flops"])
-    raws = {row["size"]: row["ms"] for row in report["rows"] if row["arm"] == "raw"}
+    raws = {}
+    for row in report["rows"]:
+        if row["arm"] == "raw":
+            raws.setdefault(row["size"], row["ms"])
     for name in GROUPS[0][1:]:
         points = [
             row
