@@ -1195,7 +1195,7 @@ def test_the_tutorial_preset_is_the_tutorial_to_the_letter():
         (["translate", "--model", "x", "--attention", "a.png"], "one sentence"),
         (["export", "--model", "x"], "required: OUTPUT"),
         (["bench", "decode", "--beam", "0"], "at least 1"),
-        (["bench", "--turns", "0"], "at least 1"),
+        (["bench", "--turns", "2"], "at least 3"),
         (["bench", "encode"], "unrecognized arguments: encode"),
         (["translate", "--model", "x", "--length-penalty", "nan"], "length-penalty"),
         (["translate", "--model", "x", "--temperature", "inf"], "temperature"),
@@ -1845,6 +1845,25 @@ def test_a_loss_that_is_no_number_names_step_and_rows(prepared):
         feed(run.Progress())
     tokens = sampler.target_tokens(0) + sampler.target_tokens(2)
     assert feed(run.Progress(overflows=True)).train == [(3, 8.0 / tokens)]
+
+
+@pytest.mark.parametrize("overflows", [0, 1])
+def test_an_overflow_of_fp16_is_skipped_and_counted(prepared, monkeypatch, overflows):
+    """The scaler leaves the step out, and training goes on. (fp16 is refused on a CPU, where it is
+    slow; but it works.)"""
+    plain, shares = run.step_share, []
+
+    def share(*arguments) -> torch.Tensor:
+        shares.append(1e6 if overflows and len(shares) == 2 else 1)
+        return plain(*arguments) * shares[-1]
+
+    monkeypatch.setattr(run, "step_share", share)
+    progress = run.Progress(overflows=True)
+    settings = {"precision": "fp16", "max_epochs": 1}
+    model, _, _ = fit(prepared, "raw", progress=progress, **settings)
+    assert progress.step == len(shares) and progress.skipped == overflows
+    assert all(weight.isfinite().all() for weight in model.parameters())
+    assert progress.validation[0][1] < progress.train[0][1]
 
 
 def test_bad_weights_are_no_checkpoint(tmp_path):
