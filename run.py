@@ -2555,7 +2555,9 @@ class GatedSampler(data.BucketBatchSampler):
             yield rows
 
 
-def trainer_changes(features: tuple[str, ...], folder: str) -> dict:
+def trainer_changes(
+    features: tuple[str, ...], config: TrainConfig, folder: str
+) -> dict:
     """Arguments of the Trainer for what is switched on."""
     from lightning.pytorch.callbacks import Callback, ModelCheckpoint
     from lightning.pytorch.loggers import CSVLogger
@@ -2582,7 +2584,7 @@ def trainer_changes(features: tuple[str, ...], folder: str) -> dict:
         changes["callbacks"].append(saving)
         changes["enable_checkpointing"] = True
     if "clip" in features:
-        changes["gradient_clip_val"] = TrainConfig.clip_norm
+        changes["gradient_clip_val"] = config.clip_norm
     return changes
 
 
@@ -2740,7 +2742,7 @@ def run_arm(arm: Arm, model, loaders, config: TrainConfig, progress, prepared) -
         return
     device = next(model.parameters()).device
     adapter = bench_adapter(arm, model, config, progress)
-    changes = trainer_changes(arm.features, os.getcwd())
+    changes = trainer_changes(arm.features, config, os.getcwd())
 
     def fit() -> None:
         train_lightning(adapter, *loaders, config, device, **changes)

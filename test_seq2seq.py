@@ -1996,7 +1996,7 @@ def test_every_arm_trains_like_the_raw_loop(prepared, arm, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     ends = []
     for name in ("raw", arm):
-        config, model, loaders, progress = bench_case(prepared)
+        config, model, loaders, progress = bench_case(prepared, clip_norm=0.1)
         run.run_arm(run.ARMS[name], model, loaders, config, progress, prepared)
         ends.append((progress.train, progress.validation, model))
     assert ends[0][:2] == ends[1][:2] and ends[0][0][0][0] == run.WINDOW
