@@ -676,11 +676,15 @@ class PairDataset(Dataset):
 class BucketBatchSampler(Sampler[list[int]]):
     """Batches of rows of similar length, in an order that follows from (seed, epoch) alone.
 
-    Rows are shuffled, sorted by length inside pools of `POOL` batches, cut into batches, and the
-    batches shuffled. `shuffle=False` sorts everything: the least padding, always the same order.
+    With `batch_tokens`, every batch is as many rows as fit: rows x the longest source and rows x the
+    longest target are at most that. Rows are shuffled, sorted by target length into strata and by
+    source length in each, so that neither side holds many pads; cut into batches; and the batches
+    shuffled. With `batch_size`, every batch has so many rows, sorted inside pools of `POOL` batches.
+    `shuffle=False` sorts everything: the least padding, always the same order.
 
     Of `world` processes, each takes every world-th batch, from its `rank` on. All take equally many:
-    where the batches run out, an empty one.
+    where the batches run out, an empty one. With `batch_tokens` those taken together are alike, so
+    that none waits for another.
     """
 
     POOL = 100
@@ -689,14 +693,16 @@ class BucketBatchSampler(Sampler[list[int]]):
         self,
         source_lengths: np.ndarray,
         target_lengths: np.ndarray,
-        batch_size: int,
+        batch_size: int | None = None,
         seed: int = 0,
         shuffle: bool = True,
         rank: int = 0,
         world: int = 1,
+        batch_tokens: int | None = None,
     ):
         self.source_lengths, self.target_lengths = source_lengths, target_lengths
-        self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
+        self.batch_size, self.batch_tokens = batch_size, batch_tokens
+        self.seed, self.shuffle = seed, shuffle
         self.rank, self.world = rank, world
         self.sampler = self  # where Lightning looks for set_epoch
         self._start = (0, 0)
@@ -709,21 +715,57 @@ class BucketBatchSampler(Sampler[list[int]]):
     def set_epoch(self, epoch: int) -> None:
         """Lay out the batches of an epoch, counted from 0."""
         self.epoch = epoch
-        count, size = len(self.source_lengths), self.batch_size
+        count = len(self.source_lengths)
         random_state = np.random.default_rng([self.seed, epoch])
         rows = random_state.permutation(count) if self.shuffle else np.arange(count)
-        pool = self.POOL * size if self.shuffle else max(count, 1)
-        self.batches = []
-        for start in range(0, count, pool):
+        if self.batch_tokens is None:
+            batches = self._cut_by_size(rows)
+            together = 1
+        else:
+            batches = self._cut_by_tokens(rows)
+            together = self.world
+        if self.shuffle:
+            groups = math.ceil(len(batches) / together)
+            order = random_state.permutation(groups)
+            if len(batches) % together:  # the incomplete group stays the last
+                order = np.append(order[order != groups - 1], groups - 1)
+            batches = [
+                batch
+                for group in order
+                for batch in batches[group * together : (group + 1) * together]
+            ]
+        self.batches = batches
+        self._tokens = [int(self.target_lengths[rows].sum()) for rows in batches]
+
+    def _cut_by_size(self, rows: np.ndarray) -> list[np.ndarray]:
+        size = self.batch_size
+        pool = self.POOL * size if self.shuffle else max(len(rows), 1)
+        batches = []
+        for start in range(0, len(rows), pool):
             part = rows[start : start + pool]
             order = np.lexsort((self.source_lengths[part], self.target_lengths[part]))
             part = part[order]
-            self.batches += [part[i : i + size] for i in range(0, len(part), size)]
-        if self.shuffle:
-            self.batches = [
-                self.batches[i] for i in random_state.permutation(len(self.batches))
-            ]
-        self._tokens = [int(self.target_lengths[rows].sum()) for rows in self.batches]
+            batches += [part[i : i + size] for i in range(0, len(part), size)]
+        return batches
+
+    def _cut_by_tokens(self, rows: np.ndarray) -> list[np.ndarray]:
+        source, target = self.source_lengths[rows], self.target_lengths[rows]
+        longest = np.maximum(source, target)
+        # As many strata as a stratum has batches: pads of the two sides weigh the same.
+        strata = max(1, round(math.sqrt(longest.sum() / self.batch_tokens)))
+        rank = np.empty(len(rows), int)
+        rank[np.argsort(target, kind="stable")] = np.arange(len(rows))
+        stratum = rank * strata // max(len(rows), 1)
+        # There and back, so that a batch over the border of two strata is no odd one.
+        order = np.lexsort((np.where(stratum % 2, -source, source), stratum))
+        batches, start, widest = [], 0, 0
+        for i, row in enumerate(order):
+            widest = max(widest, int(longest[row]))
+            if i > start and (i + 1 - start) * widest > self.batch_tokens:
+                batches.append(rows[order[start:i]])
+                start, widest = i, int(longest[row])
+        batches.append(rows[order[start:]])
+        return batches
 
     def rows(self, index: int) -> np.ndarray:
         """Row numbers of this process's batch number `index`; none where the batches have run out."""

@@ -455,8 +455,6 @@ from seq2seq import (
     cross_attention_weights,
     greedy_decode,
     sample_decode,
-    sequence_loss,
-    shift_right,
 )
 
 LOG_EVERY = 20  # optimizer steps between points of the loss curve, and between host-device syncs
@@ -551,8 +549,7 @@ def batch_loss(
 ) -> tuple[Tensor, Tensor]:
     """(input_ids [B, S], labels [B, T]) -> (summed loss [], tokens []), by teacher forcing."""
     input_ids, labels = batch
-    logits = model(input_ids, shift_right(labels, pad_id))  # [B, T, V]
-    return sequence_loss(logits, labels, pad_id, label_smoothing)
+    return model(input_ids, labels=labels, label_smoothing=label_smoothing)
 
 
 def step_share(loss_sum: Tensor, sampler, index: int, accumulate: int) -> Tensor:

@@ -521,23 +521,64 @@ class TransformerSeq2SeqModel(nn.Module):
         """hidden [..., D] -> logits [..., V]. The rows that only fill up the matrix stay out."""
         return self.output(hidden, 0, self.config.vocab_size)
 
-    def forward(self, input_ids, decoder_input_ids=None):
-        """Logits of the next token at every target position.
+    def loss(
+        self, hidden: Tensor, labels: Tensor, label_smoothing: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """`sequence_loss` of `project(hidden)`, without ever holding all logits, which take
+        V / D times the memory of hidden [B, T, D]. labels [B, T] -> (loss_sum [], tokens [])."""
+        pad_id = self.config.pad_id
+        weight, vocab_size = self.output.weight, self.config.vocab_size
+        hidden, wanted = hidden.flatten(0, 1), labels.flatten()  # [B * T, D], [B * T]
+        tokens = wanted.ne(pad_id)
+        if (
+            hidden.device.type == "cpu"
+        ):  # elsewhere counting them would make the host wait
+            real = tokens.nonzero()[:, 0]
+            hidden, wanted = hidden[real], wanted[real]
+        loss_sum = _ProjectedLoss.apply(
+            hidden,
+            weight,
+            wanted,
+            vocab_size,
+            pad_id,
+            label_smoothing,
+            torch.is_grad_enabled(),
+        )
+        return loss_sum, tokens.sum()
+
+    def forward(
+        self,
+        input_ids,
+        decoder_input_ids=None,
+        labels=None,
+        label_smoothing: float = 0.0,
+    ):
+        """Logits of the next token at every target position, or with labels the loss.
 
         Args:
             input_ids: [B, S] int64, padded on the right; or the list [input_ids,
                 decoder_input_ids], which is how Modlee calls a model.
-            decoder_input_ids: [B, T] int64, the target shifted right (`shift_right`). None: the
-                start token alone, T = 1.
+            decoder_input_ids: [B, T] int64, the target shifted right (`shift_right`). None: that of
+                the labels, or else the start token alone, T = 1.
+            labels: [B, T] int64, ending in eos, padded on the right. label_smoothing: see
+                `sequence_loss`.
 
-        Returns: [B, T, V], V = vocab_size, float (the autocast dtype where one is active).
+        Returns: [B, T, V], V = vocab_size, float (the autocast dtype where one is active); with
+            labels what `sequence_loss` makes of them, in less time and memory.
         """
         if isinstance(input_ids, (list, tuple)):
             input_ids, decoder_input_ids = input_ids
         if decoder_input_ids is None:
-            decoder_input_ids = torch.full_like(input_ids[:, :1], self.config.pad_id)
+            start = torch.full_like(input_ids[:, :1], self.config.pad_id)
+            shifted = labels is not None
+            decoder_input_ids = (
+                shift_right(labels, self.config.pad_id) if shifted else start
+            )
         memory, source_mask = self.encode(input_ids)
-        return self.project(self.decode(decoder_input_ids, memory, source_mask))
+        hidden = self.decode(decoder_input_ids, memory, source_mask)
+        if labels is None:
+            return self.project(hidden)
+        return self.loss(hidden, labels, label_smoothing)
 
 
 def count_flops(
@@ -604,6 +645,68 @@ def sequence_loss(
         label_smoothing=label_smoothing,
     )
     return loss_sum, labels.ne(pad_id).sum()
+
+
+class _ProjectedLoss(torch.autograd.Function):
+    """The vocabulary projection and `sequence_loss` in one, a few tokens at a time.
+
+    A piece's gradients are computed while its logits are there, so the logits of all tokens, by far
+    the largest tensor of a training step, never exist.
+    """
+
+    ELEMENTS = 2**23  # logits at a time: 32 MiB in float32
+
+    @staticmethod
+    def forward(
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        vocab_size: int,
+        pad_id: int,
+        smoothing: float,
+        learns: bool,
+    ) -> Tensor:
+        """hidden [N, D], weight [V and more, D], labels [N] -> summed loss [] float32. learns:
+        whether gradients will be wanted, which in here is not known."""
+        # In the dtype in which autocast, where it is on, would multiply. Not in float16: these
+        # gradients do not know the loss scale that keeps small ones from vanishing.
+        dtype = F.linear(hidden[:1], weight[:1]).dtype
+        dtype = torch.float32 if dtype == torch.float16 else dtype
+        x, w = hidden.to(dtype), weight[:vocab_size].to(dtype)
+        grad_x = torch.empty_like(x) if learns else x
+        grad_w = torch.zeros_like(weight) if learns else weight
+        loss = torch.zeros((), device=x.device)
+        size = max(1, _ProjectedLoss.ELEMENTS // vocab_size)
+        with torch.autocast(x.device.type, enabled=False):
+            for part, grad_part, wanted in zip(
+                x.split(size), grad_x.split(size), labels[:, None].split(size)
+            ):
+                real = wanted.ne(pad_id)  # [C, 1]
+                log_probs = F.linear(part, w).float().log_softmax(dim=-1)  # [C, V]
+                picked = log_probs.gather(1, wanted) * (1 - smoothing)
+                if smoothing:
+                    picked += log_probs.mean(dim=1, keepdim=True) * smoothing
+                loss -= (picked * real).sum()
+                if not learns:
+                    continue
+                delta = log_probs.exp_()  # the gradient of the logits: softmax - target
+                if smoothing:
+                    delta -= smoothing / vocab_size
+                delta.scatter_add_(
+                    1, wanted, delta.new_full(wanted.shape, smoothing - 1)
+                )
+                delta = delta.mul_(real).to(dtype)
+                torch.mm(delta, w, out=grad_part)
+                grad_w[:vocab_size] += delta.t() @ part
+        ctx.save_for_backward(grad_x, grad_w)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        grad_x, grad_w = ctx.saved_tensors
+        return grad_x * grad.to(grad_x.dtype), grad_w * grad, *[None] * 5
 
 
 # ---- decoding ---------------------------------------------------------------------------------
