@@ -667,7 +667,7 @@ class _ProjectedLoss(torch.autograd.Function):
     the largest tensor of a training step, never exist.
     """
 
-    ELEMENTS = 2**23  # logits at a time: 32 MiB in float32
+    ELEMENTS = 2**24  # logits at a time: 64 MiB in float32
 
     @staticmethod
     def forward(
@@ -686,32 +686,51 @@ class _ProjectedLoss(torch.autograd.Function):
         # gradients do not know the loss scale that keeps small ones from vanishing.
         dtype = F.linear(hidden[:1], weight[:1]).dtype
         dtype = torch.float32 if dtype == torch.float16 else dtype
-        x, w = hidden.to(dtype), weight[:vocab_size].to(dtype)
+        real = labels.ne(pad_id)[:, None]  # [N, 1]
+        x = hidden.to(dtype) * real.to(dtype)  # of pads nothing is learnt
+        w = weight[:vocab_size].to(dtype)
         grad_x = torch.empty_like(x) if learns else x
         grad_w = torch.zeros_like(weight) if learns else weight
         loss = torch.zeros((), device=x.device)
-        size = max(1, _ProjectedLoss.ELEMENTS // vocab_size)
+        size = min(max(1, _ProjectedLoss.ELEMENTS // vocab_size), max(1, len(x)))
+        # Made once: a CPU takes longer to find new memory than to do the work in it.
+        logits = x.new_empty(size, vocab_size)
+        scores, softmax = x.new_empty(2, size, vocab_size, dtype=torch.float32)
+        piece, whole = torch.empty_like(w), torch.empty_like(w, dtype=torch.float32)
         with torch.autocast(x.device.type, enabled=False):
-            for part, grad_part, wanted in zip(
-                x.split(size), grad_x.split(size), labels[:, None].split(size)
+            for part, grad_part, wanted, counts in zip(
+                x.split(size),
+                grad_x.split(size),
+                labels[:, None].split(size),
+                real.split(size),
             ):
-                real = wanted.ne(pad_id)  # [C, 1]
-                log_probs = F.linear(part, w).float().log_softmax(dim=-1)  # [C, V]
-                picked = log_probs.gather(1, wanted) * (1 - smoothing)
+                rows = len(part)
+                torch.mm(part, w.t(), out=logits[:rows])  # [C, V]
+                scores[:rows].copy_(logits[:rows])
+                torch.softmax(scores[:rows], dim=-1, out=softmax[:rows])
+                likely = softmax[:rows].gather(1, wanted)  # [C, 1]
+                log_likely = likely.clamp_min(torch.finfo(torch.float32).tiny).log()
+                picked = log_likely * (1 - smoothing)
                 if smoothing:
-                    picked += log_probs.mean(dim=1, keepdim=True) * smoothing
-                loss -= (picked * real).sum()
+                    # The mean of the log-probabilities: that of the scores, shifted alike.
+                    shift = log_likely - scores[:rows].gather(1, wanted)
+                    mean = scores[:rows].mean(dim=1, keepdim=True) + shift
+                    picked += mean * smoothing
+                loss -= (picked * counts).sum()
                 if not learns:
                     continue
-                delta = log_probs.exp_()  # the gradient of the logits: softmax - target
                 if smoothing:
-                    delta -= smoothing / vocab_size
-                delta.scatter_add_(
-                    1, wanted, delta.new_full(wanted.shape, smoothing - 1)
-                )
-                delta = delta.mul_(real).to(dtype)
-                torch.mm(delta, w, out=grad_part)
-                grad_w[:vocab_size] += delta.t() @ part
+                    softmax[:rows] -= smoothing / vocab_size
+                target = likely.new_full(wanted.shape, smoothing - 1)
+                softmax[:rows].scatter_add_(
+                    1, wanted, target
+                )  # now the logits' gradient
+                logits[:rows].copy_(softmax[:rows])
+                torch.mm(logits[:rows], w, out=grad_part)
+                torch.mm(logits[:rows].t(), part, out=piece)
+                grad_w[:vocab_size] += whole.copy_(piece)
+        if learns:
+            grad_x *= real.to(dtype)
         ctx.save_for_backward(grad_x, grad_w)
         return loss
 
@@ -719,7 +738,7 @@ class _ProjectedLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
         grad_x, grad_w = ctx.saved_tensors
-        return grad_x * grad.to(grad_x.dtype), grad_w * grad, *[None] * 5
+        return grad_x.mul_(grad), grad_w.mul_(grad), *[None] * 5
 
 
 # ---- decoding ---------------------------------------------------------------------------------
