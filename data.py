@@ -1,8 +1,8 @@
 """Pairs of sentences: where they come from, cleaning, tokenizer, split, batches.
 
-Data flows down the page. Text is read in batches of rows and kept in Arrow tables of the
-`datasets` library, token ids in flat arrays: no corpus in Python lists, no padded matrix of
-one (but for the tutorial's call, whose result is that).
+Data flows down the page. Text is read in batches of rows and kept in Arrow tables, token ids in
+flat arrays: no corpus in Python lists, no padded matrix of one (but for the tutorial's call, whose
+result is that).
 
     read_pairs     a hub data set, .tsv .csv .jsonl .json .parquet files, two line-aligned text
                    files, or the built-in phrasebook    -> batches (sources, targets)
@@ -30,6 +30,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from itertools import islice, zip_longest
 from pathlib import Path
 
@@ -244,15 +245,14 @@ def hub_reachable(seconds: float = 5.0) -> bool:
     return bool(answers)
 
 
-def _hub_rows(
-    name: str, subset: str | None, split: str, languages: tuple[str, str]
-) -> Iterator[tuple[str, str]]:
+def _hub_table(name: str, subset: str | None, split: str):
+    """A split of a data set on the hub, as a `datasets.Dataset`."""
     online = hub_reachable()
     import datasets
 
     datasets.disable_progress_bars()
     try:
-        rows = datasets.load_dataset(name, subset, split=split)
+        return datasets.load_dataset(name, subset, split=split)
     except Exception as error:  # noqa: BLE001 - of many kinds, others in every version
         if online:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -263,9 +263,18 @@ def _hub_rows(
             f"cannot load data set {label}: {reason}; "
             "check the name, connect once, or give a file: --dataset pairs.tsv"
         ) from None
-    for batch in rows.iter(BATCH_ROWS):
+
+
+def _hub_rows(
+    name: str, subset: str | None, split: str, languages: tuple[str, str]
+) -> Iterator[tuple[str, str]]:
+    for batch in _hub_table(name, subset, split).iter(BATCH_ROWS):
         for values in zip(*batch.values()):
             yield _record_pair(dict(zip(batch, values)), languages, name)
+
+
+READERS = {".tsv": _tsv_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
+READERS |= {".jsonl": _json_rows, ".json": _json_rows}
 
 
 def read_pairs(
@@ -287,23 +296,21 @@ def read_pairs(
     """
     names = [dataset] if isinstance(dataset, str) else list(dataset)
     paths = [Path(name).expanduser() for name in names]
-    readers = {".tsv": _tsv_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
-    readers |= {".jsonl": _json_rows, ".json": _json_rows}
-    unknown = [path for path in paths if path.suffix not in readers]
+    unknown = [path for path in paths if path.suffix not in READERS]
     if names == [PHRASEBOOK]:
         rows = phrasebook()
     elif not unknown:
-        rows = (row for path in paths for row in readers[path.suffix](path, languages))
+        rows = (row for path in paths for row in READERS[path.suffix](path, languages))
     elif len(unknown) == len(paths) == 2:
         rows = _aligned_rows(*paths)
     elif len(paths) > 1:
         raise InputError(
-            f"cannot tell what {unknown[0]} is: give files ending in {' '.join(readers)}, "
+            f"cannot tell what {unknown[0]} is: give files ending in {' '.join(READERS)}, "
             "or exactly two line-aligned text files"
         )
     elif paths[0].exists():
         raise InputError(
-            f"cannot tell what {paths[0]} is: files end in {' '.join(readers)}, "
+            f"cannot tell what {paths[0]} is: files end in {' '.join(READERS)}, "
             "and line-aligned text files come in twos"
         )
     else:
@@ -490,9 +497,15 @@ def encode_texts(texts: list[str], tokenizer) -> list[list[int]]:
     """Token ids of each text, ending in eos whether or not the tokenizer adds it by itself."""
     if not texts:
         return []
-    ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)[
-        "input_ids"
-    ]
+    if tokenizer.is_fast:
+        # Past the wrapper, which takes as long again; without offsets where that can be said.
+        backend = tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        encode_batch = getattr(backend, "encode_batch_fast", backend.encode_batch)
+        ids = [row.ids for row in encode_batch(texts, add_special_tokens=False)]
+    else:
+        ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
     return [[*row, tokenizer.eos_token_id] for row in ids]
 
 
@@ -567,7 +580,7 @@ def encode(
 
 
 def to_table(batches: Iterable[dict[str, list]], limit: int | None = None):
-    """Batches of columns as one Arrow-backed `datasets.Dataset`, of `limit` rows at most."""
+    """Batches of columns as one `pyarrow.Table`, of `limit` rows at most; None without any."""
     import pyarrow
 
     types = {"source": pyarrow.string(), "target": pyarrow.string()}
@@ -585,11 +598,14 @@ def to_table(batches: Iterable[dict[str, list]], limit: int | None = None):
         rows += len(table)
         if limit is not None and rows >= limit:
             break
-    if not rows:
-        return None
-    import datasets  # not before the batches, whose source may have to go offline first
+    return pyarrow.concat_tables(tables) if rows else None
 
-    return datasets.Dataset(pyarrow.concat_tables(tables).combine_chunks())
+
+def select(table, rows: np.ndarray):
+    """Rows of a table, in their order there. rows: [M] int64."""
+    kept = np.zeros(len(table), bool)
+    kept[rows] = True
+    return table.filter(kept)
 
 
 # ---- split ------------------------------------------------------------------------------------
@@ -628,16 +644,47 @@ class PairDataset(Dataset):
     `dataset[i]` is (source ids [S] int64, target ids [T] int64), both ending in eos.
     """
 
-    def __init__(self, table):
-        """table: a `datasets.Dataset` with columns source_ids and target_ids."""
-        arrow = table.with_format("arrow")[:]
-        self.sides = []  # (flat ids int32, offsets) of source and of target
+    def __init__(self, sides: list[tuple[np.ndarray, np.ndarray]]):
+        """sides: (flat ids int32, offsets int64 [N + 1]) of source and of target."""
+        self.sides = sides
+
+    @classmethod
+    def from_table(cls, table) -> "PairDataset":
+        """table: what `to_table` makes."""
+        sides = []
         for name in ("source_ids", "target_ids"):
-            column = arrow[name].combine_chunks()
-            lengths = np.diff(column.offsets.to_numpy())
+            chunks = table[name].chunks
+            lengths = np.concatenate([np.diff(chunk.offsets) for chunk in chunks])
             offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-            # A copy: torch will not take Arrow's read-only memory.
-            self.sides.append((column.flatten().to_numpy().copy(), offsets))
+            sides.append((np.concatenate([c.flatten() for c in chunks]), offsets))
+        return cls(sides)
+
+    def select(self, rows: np.ndarray) -> "PairDataset":
+        """Some of the rows, in their order here. rows: [M] int64."""
+        kept = np.zeros(len(self), bool)
+        kept[rows] = True
+        sides = []
+        for ids, offsets in self.sides:
+            lengths = np.diff(offsets)
+            chosen = np.concatenate([[0], np.cumsum(lengths[kept], dtype=np.int64)])
+            sides.append((ids[np.repeat(kept, lengths)], chosen))
+        return PairDataset(sides)
+
+    def save(self, path: Path) -> None:
+        from safetensors.numpy import save_file
+
+        arrays = {}
+        for name, (ids, offsets) in zip(("source", "target"), self.sides):
+            arrays |= {f"{name}_ids": ids, f"{name}_offsets": offsets}
+        save_file(arrays, path)
+
+    @classmethod
+    def load(cls, path: Path) -> "PairDataset":
+        from safetensors.numpy import load_file
+
+        arrays = load_file(path)
+        names = ("source", "target")
+        return cls([(arrays[f"{n}_ids"], arrays[f"{n}_offsets"]) for n in names])
 
     def __len__(self) -> int:
         return len(self.sides[0][1]) - 1
@@ -677,7 +724,8 @@ class BucketBatchSampler(Sampler[list[int]]):
     """Batches of rows of similar length, in an order that follows from (seed, epoch) alone.
 
     With `batch_tokens`, every batch is as many rows as fit: rows x the longest source and rows x the
-    longest target are at most that. Rows are shuffled, sorted by target length into strata and by
+    longest target are at most that, each rounded up to a `multiple` (a longer row makes a batch by
+    itself). Rows are shuffled, sorted by target length into strata and by
     source length in each, so that neither side holds many pads; cut into batches; and the batches
     shuffled. With `batch_size`, every batch has so many rows, sorted inside pools of `POOL` batches.
     `shuffle=False` sorts everything: the least padding, always the same order.
@@ -699,8 +747,10 @@ class BucketBatchSampler(Sampler[list[int]]):
         rank: int = 0,
         world: int = 1,
         batch_tokens: int | None = None,
+        multiple: int = 1,
     ):
         self.source_lengths, self.target_lengths = source_lengths, target_lengths
+        self.multiple = multiple
         self.batch_size, self.batch_tokens = batch_size, batch_tokens
         self.seed, self.shuffle = seed, shuffle
         self.rank, self.world = rank, world
@@ -750,7 +800,7 @@ class BucketBatchSampler(Sampler[list[int]]):
 
     def _cut_by_tokens(self, rows: np.ndarray) -> list[np.ndarray]:
         source, target = self.source_lengths[rows], self.target_lengths[rows]
-        longest = np.maximum(source, target)
+        longest = round_up(np.maximum(source, target), self.multiple)
         # As many strata as a stratum has batches: pads of the two sides weigh the same.
         strata = max(1, round(math.sqrt(longest.sum() / self.batch_tokens)))
         rank = np.empty(len(rows), int)
@@ -788,7 +838,10 @@ class BucketBatchSampler(Sampler[list[int]]):
         real = padded = 0
         for lengths in (self.source_lengths, self.target_lengths):
             real += lengths.sum()
-            padded += sum(len(rows) * lengths[rows].max() for rows in self.batches)
+            padded += sum(
+                len(rows) * round_up(lengths[rows].max(), self.multiple)
+                for rows in self.batches
+            )
         return 1.0 - real / padded
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -801,41 +854,49 @@ class BucketBatchSampler(Sampler[list[int]]):
         return math.ceil(len(self.batches) / self.world)
 
 
-def pad_side(rows: Iterable[Tensor], pad_id: int = 0) -> Tensor:
-    """Id rows [T_i] -> [B, T] int64, padded on the right up to the longest row."""
+def round_up(length, multiple: int):
+    """A number, or an array of them."""
+    return -(-length // multiple) * multiple
+
+
+def pad_side(rows: Iterable[Tensor], pad_id: int = 0, multiple: int = 1) -> Tensor:
+    """Id rows [T_i] -> [B, T] int64, padded on the right up to the longest row, whose length is
+    rounded up to a `multiple`, so that a compiler meets few shapes."""
     ids = pad_sequence(list(rows), batch_first=True, padding_value=pad_id)
     used = ids.ne(pad_id).any(dim=0).nonzero()  # columns that hold a token, [K, 1]
-    return ids[:, : int(used.max()) + 1]
+    width = round_up(int(used.max()) + 1, multiple)
+    more = max(0, width - ids.size(1))
+    return torch.nn.functional.pad(ids[:, :width], (0, more), value=pad_id)
 
 
 def pad_batch(
-    rows: list[tuple[Tensor, Tensor]], pad_id: int = 0
+    rows: list[tuple[Tensor, Tensor]], pad_id: int = 0, multiple: int = 1
 ) -> tuple[Tensor, Tensor]:
     """Rows (source [S_i], target [T_i]) -> (input_ids [B, S], labels [B, T]) int64."""
     if not rows:  # what a process gets when the batches have run out: nothing to learn
         return torch.full((2, 1, 1), pad_id).unbind()
     sources, targets = zip(*rows)
-    return pad_side(sources, pad_id), pad_side(targets, pad_id)
+    return pad_side(sources, pad_id, multiple), pad_side(targets, pad_id, multiple)
 
 
 def make_loader(
     dataset: Dataset,
-    batch_size: int,
+    batch_size: int | None,
     pad_id: int = 0,
     seed: int = 0,
     shuffle: bool = True,
     rank: int = 0,
     world: int = 1,
+    batch_tokens: int | None = None,
+    multiple: int = 1,
 ) -> DataLoader:
-    """Batches (input_ids [B, S], labels [B, T]) of (source, target) rows with `.lengths`."""
-    lengths = dataset.lengths
-    return DataLoader(
-        dataset,
-        batch_sampler=BucketBatchSampler(
-            *lengths, batch_size, seed, shuffle, rank, world
-        ),
-        collate_fn=partial(pad_batch, pad_id=pad_id),
+    """Batches (input_ids [B, S], labels [B, T]) of (source, target) rows with `.lengths`; see
+    `BucketBatchSampler` for what makes a batch."""
+    sampler = BucketBatchSampler(
+        *dataset.lengths, batch_size, seed, shuffle, rank, world, batch_tokens, multiple
     )
+    collate = partial(pad_batch, pad_id=pad_id, multiple=multiple)
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate)
 
 
 # ---- the whole way ----------------------------------------------------------------------------
@@ -848,10 +909,69 @@ class Data:
     tokenizer: object
     train: PairDataset
     validation: PairDataset
-    validation_text: (
-        object  # `datasets.Dataset` with columns source and target, in row order
-    )
+    validation_text: dict[str, list[str]]  # "source" and "target", in row order
     dropped: dict[str, int]  # pairs lost in cleaning, by reason
+
+    def save(self, folder: Path) -> None:
+        """Fill a folder with all of it."""
+        self.train.save(folder / "train.safetensors")
+        self.validation.save(folder / "validation.safetensors")
+        save_tokenizer(self.tokenizer, folder)
+        rest = {"dropped": self.dropped, "validation_text": self.validation_text}
+        text = json.dumps(rest, ensure_ascii=False)
+        (folder / "validation.json").write_text(text, encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> "Data":
+        """What `save` wrote. Raises of all kinds where that is damaged."""
+        rest = json.loads((folder / "validation.json").read_text(encoding="utf-8"))
+        return cls(
+            load_tokenizer(str(folder)),
+            PairDataset.load(folder / "train.safetensors"),
+            PairDataset.load(folder / "validation.safetensors"),
+            rest["validation_text"],
+            rest["dropped"],
+        )
+
+
+def prepared_key(
+    dataset: str | list[str], subset: str | None, split: str, *settings
+) -> str | None:
+    """A name for what `prepare` makes of this data set with these settings: another one whenever
+    anything that it depends on is different. None for the built-in corpus.
+
+    A hub data set goes by the files that `datasets` keeps of it, whose names hold its revision;
+    data files, and a tokenizer's folder among the settings, by their content.
+    """
+    names = [dataset] if isinstance(dataset, str) else list(dataset)
+    if names == [PHRASEBOOK]:
+        return None
+    content = hashlib.sha256()
+
+    def add(path: Path) -> None:
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                content.update(block)
+
+    is_on_hub = len(names) == 1 and not Path(names[0]).expanduser().exists()
+    if is_on_hub and Path(names[0]).suffix not in READERS:
+        rows = _hub_table(names[0], subset, split)
+        content.update(f"{rows.cache_files} {subset} {split} {len(rows)}".encode())
+    else:
+        for path in (Path(name).expanduser() for name in names):
+            _require_file(path)
+            content.update(f"{path.suffix} {path.stat().st_size} ".encode())
+            add(path)
+    for setting in settings:
+        content.update(f"{setting!r} ".encode())
+        folder = Path(setting).expanduser() if isinstance(setting, str) else None
+        if folder is not None and folder.is_dir():
+            for path in sorted(path for path in folder.iterdir() if path.is_file()):
+                add(path)
+    for library in ("tokenizers", "transformers", "scikit-learn"):
+        content.update(f"{library} {version(library)} ".encode())
+    add(Path(__file__))
+    return content.hexdigest()[:24]
 
 
 def prepare(
@@ -888,31 +1008,46 @@ def prepare(
         table = to_table(encode(pairs, tokenizer, max_length, dropped), num_samples)
     if table is None:
         raise InputError(f"no pairs left after cleaning{describe_dropped(dropped)}")
-    groups = (
-        table.data.column("source")
-        .combine_chunks()
-        .dictionary_encode()
-        .indices.to_numpy()
-    )
-    parts = [
-        table.select(rows) for rows in grouped_split(groups, validation_size, seed)
-    ]
+    pairs = None
+    if not to_train:
+        pairs = PairDataset.from_table(table)
+        table = table.select(["source", "target"])  # lets go of the ids
+    parts = grouped_split(_number_texts(table), validation_size, seed)
     if to_train:
-        texts = (side for batch in _text_columns(parts[0]) for side in batch)
-        tokenizer = train_tokenizer(texts, int(size))
-        parts = [
-            to_table(encode(_text_columns(part), tokenizer, max_length, dropped))
-            for part in parts
-        ]
-    if None in parts:
-        raise InputError(f"training or validation is empty{describe_dropped(dropped)}")
-    train, validation = map(PairDataset, parts)
-    return Data(tokenizer, train, validation, parts[1], dict(dropped))
+        texts = _text_columns(select(table, parts[0]))
+        sides = (side for batch in texts for side in batch)
+        tokenizer = train_tokenizer(sides, int(size))
+        tables = []
+        for part in parts:
+            texts = _text_columns(select(table, part))
+            tables.append(to_table(encode(texts, tokenizer, max_length, dropped)))
+        if None in tables:
+            raise InputError(
+                f"training or validation is empty{describe_dropped(dropped)}"
+            )
+        train, validation = map(PairDataset.from_table, tables)
+        held_out = tables[1]
+    else:
+        train, validation = map(pairs.select, parts)
+        held_out = select(table, parts[1])
+    text = {name: held_out[name].to_pylist() for name in ("source", "target")}
+    return Data(tokenizer, train, validation, text, dict(dropped))
+
+
+def _number_texts(table) -> np.ndarray:
+    """Equal sources, equal numbers: [N] int64."""
+    numbers: dict[bytes, int] = {}
+    digests = (
+        hashlib.blake2b(source.encode(), digest_size=8).digest()
+        for sources, _ in _text_columns(table)
+        for source in sources
+    )
+    return np.array([numbers.setdefault(digest, len(numbers)) for digest in digests])
 
 
 def _text_columns(table) -> Iterator[TextBatch]:
-    for batch in table.iter(BATCH_ROWS):
-        yield batch["source"], batch["target"]
+    for batch in table.to_batches(BATCH_ROWS):
+        yield batch["source"].to_pylist(), batch["target"].to_pylist()
 
 
 def describe_dropped(dropped: dict[str, int]) -> str:
@@ -949,7 +1084,7 @@ def load_dataset_and_tokenize(
     sides = []
     for name in ("source_ids", "target_ids"):
         matrix = torch.full((len(table), max_length), tokenizer.pad_token_id)
-        for row, ids in zip(matrix, table[name]):
+        for row, ids in zip(matrix, table[name].to_pylist()):
             row[: len(ids)] = torch.tensor(ids)
         sides.append(matrix)
     return sides[0], sides[1], tokenizer

@@ -200,6 +200,58 @@ class Linear(nn.Linear):
         return route
 
 
+class Dropout(nn.Dropout):
+    """`nn.Dropout`, which on a CPU draws 16 random bits per element and not 64: a quarter of the
+    time, and `p` to the nearest 1/65536."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        by_hand = self.training and self.p > 0 and x.device.type == "cpu"
+        if not by_hand or torch.compiler.is_compiling():
+            return super().forward(x)
+        words = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64)
+        draws = words.random_(-(2**63), None).view(torch.int16)[: x.numel()]
+        dropped = round(self.p * 2**16)
+        kept = (draws >= dropped - 2**15).view(x.shape).to(x.dtype)
+        return x * kept.mul_(2**16 / (2**16 - dropped))
+
+
+class Unpadded:
+    """Where the tokens of a padded batch [B, T] stand. Layers see the N tokens alone, [N, D]; only
+    attention needs the rectangle, and there pads cost little.
+
+    What FlashAttention calls `unpad_input` and `pad_input`.
+
+    Attributes: mask: [B, 1, 1, T] bool, what may be attended to; None where that is everything.
+    """
+
+    def __init__(self, real: Tensor, keep_pads: bool = False):
+        """real [B, T] bool, False = pad. Finding the tokens makes the host wait for the device;
+        with `keep_pads` all places are taken for tokens, but for the mask."""
+        self.shape = real.shape
+        self.mask = real[:, None, None, :]
+        self._tokens = self._places = None
+        if not keep_pads:
+            flat = real.flatten()
+            self._tokens = flat.nonzero()[:, 0]  # [N], in [0, B * T)
+            # A pad gets the token before it, which is as good as any other and nobody looks at.
+            self._places = flat.cumsum(0).sub(1).clamp_min(0)  # [B * T], in [0, N)
+            if len(self._tokens) == len(flat):
+                self.mask = self._tokens = self._places = None
+
+    def drop(self, x: Tensor) -> Tensor:
+        """[B, T, C] -> [N, C]."""
+        x = x.flatten(0, 1)
+        return x if self._tokens is None else x.index_select(0, self._tokens)
+
+    def restore(self, x: Tensor) -> Tensor:
+        """[N, C] -> [B, T, C]."""
+        if self._places is not None:
+            if not len(x):  # a batch of nothing, such as a process gets past the end
+                x = F.pad(x, (0, 0, 0, 1))
+            x = x.index_select(0, self._places)
+        return x.unflatten(0, self.shape)
+
+
 class Attention(nn.Module):
     """Multi-head attention (Vaswani et al. 2017, section 3.2.2).
 
@@ -214,13 +266,16 @@ class Attention(nn.Module):
         self.in_proj = Linear(d_model, 3 * d_model)
         self.out_proj = Linear(d_model, d_model)
 
-    def project(self, x: Tensor, first: int, count: int) -> list[Tensor]:
-        """`count` projections of x [B, T, D] from the `first` on (0 query, 1 key, 2 value).
+    def project(
+        self, x: Tensor, where: Unpadded, first: int, count: int
+    ) -> list[Tensor]:
+        """`count` projections of x [N, D] from the `first` on (0 query, 1 key, 2 value).
 
         Returns: `count` tensors [B, H, T, Dh].
         """
         width = x.size(-1)
-        projected = self.in_proj(x, first * width, count * width)  # [B, T, count * D]
+        projected = self.in_proj(x, first * width, count * width)  # [N, count * D]
+        projected = where.restore(projected)  # [B, T, count * D]
         return [
             part.unflatten(-1, (self.nhead, -1)).transpose(1, 2)  # -> [B, H, T, Dh]
             for part in projected.chunk(count, dim=-1)  # count x [B, T, D]
@@ -231,17 +286,18 @@ class Attention(nn.Module):
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        where: Unpadded,
         mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        """query [B, H, T, Dh], key and value [B, H, S, Dh], mask broadcastable to [B, H, T, S].
+        """query [B, H, T, Dh] of the tokens `where`, key and value [B, H, S, Dh], mask
+        broadcastable to [B, H, T, S].
 
-        Returns: [B, T, D].
+        Returns: [N, D].
         """
         mixed = attend(query, key, value, mask, is_causal)
-        return self.out_proj(
-            mixed.transpose(1, 2).flatten(2)
-        )  # [B, H, T, Dh] -> [B, T, D]
+        mixed = mixed.transpose(1, 2).flatten(2)  # [B, H, T, Dh] -> [B, T, D]
+        return self.out_proj(where.drop(mixed))
 
 
 def attend(
@@ -281,7 +337,7 @@ class _Layer(nn.Module):
     def __init__(self, config: "Seq2SeqConfig"):
         super().__init__()
         self.norm_first = config.norm_first
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.self_attention = Attention(config.d_model, config.nhead)
         self.self_attention_norm = nn.LayerNorm(config.d_model)
         self.linear1 = Linear(config.d_model, config.dim_feedforward)
@@ -297,21 +353,19 @@ class _Layer(nn.Module):
     def feed_forward(self, x: Tensor) -> Tensor:
         return self.linear2(
             F.relu(self.linear1(x), inplace=True)
-        )  # [B, T, D] -> [B, T, F] -> [B, T, D]
+        )  # [N, D] -> [N, F] -> [N, D]
 
 
 class EncoderLayer(_Layer):
     """Self-attention and feed-forward (Vaswani et al. 2017, section 3.1)."""
 
-    def forward(
-        self, x: Tensor, source_mask: Tensor | None, positions: nn.Module
-    ) -> Tensor:
-        """x [B, S, D], source_mask [B, 1, 1, S] or None, `positions` of the model -> [B, S, D]."""
+    def forward(self, x: Tensor, source: Unpadded, positions: nn.Module) -> Tensor:
+        """x [N, D], the tokens of `source`; `positions` of the model -> [N, D]."""
 
         def attend_to_self(h: Tensor) -> Tensor:
-            query, key, value = self.self_attention.project(h, 0, 3)
+            query, key, value = self.self_attention.project(h, source, 0, 3)
             query, key = positions.rotate(query), positions.rotate(key)
-            return self.self_attention(query, key, value, source_mask)
+            return self.self_attention(query, key, value, source, source.mask)
 
         x = self.residual(x, self.self_attention_norm, attend_to_self)
         return self.residual(x, self.feed_forward_norm, self.feed_forward)
@@ -328,26 +382,31 @@ class DecoderLayer(_Layer):
     def forward(
         self,
         x: Tensor,
+        target: Unpadded,
         memory: Tensor,
-        source_mask: Tensor | None,
+        source: Unpadded,
         causal_mask: Tensor | None,
         positions: nn.Module,
     ) -> Tensor:
-        """All positions at once, for training: x [B, T, D], memory [B, S, D] -> [B, T, D].
+        """All positions at once, for training: x [N, D], the tokens of `target`, and memory [M, D],
+        those of `source` -> [N, D]. Pads of the target need no mask, because they stand on the
+        right of everything that counts.
 
         `causal_mask` None: causal by the kernel's own mask.
         """
 
         def attend_to_self(h: Tensor) -> Tensor:
-            query, key, value = self.self_attention.project(h, 0, 3)
+            query, key, value = self.self_attention.project(h, target, 0, 3)
             query, key = positions.rotate(query), positions.rotate(key)
             is_causal = causal_mask is None
-            return self.self_attention(query, key, value, causal_mask, is_causal)
+            return self.self_attention(
+                query, key, value, target, causal_mask, is_causal
+            )
 
         def attend_to_source(h: Tensor) -> Tensor:
-            (query,) = self.cross_attention.project(h, 0, 1)
-            key, value = self.cross_attention.project(memory, 1, 2)
-            return self.cross_attention(query, key, value, source_mask)
+            (query,) = self.cross_attention.project(h, target, 0, 1)
+            key, value = self.cross_attention.project(memory, source, 1, 2)
+            return self.cross_attention(query, key, value, target, source.mask)
 
         x = self.residual(x, self.self_attention_norm, attend_to_self)
         x = self.residual(x, self.cross_attention_norm, attend_to_source)
@@ -446,7 +505,7 @@ class TransformerSeq2SeqModel(nn.Module):
         self.positions = POSITIONAL_KINDS[config.positional](
             config.max_length, config.d_model, config.d_model // config.nhead
         )
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.encoder_layers = nn.ModuleList(
             EncoderLayer(config) for _ in range(config.num_encoder_layers)
         )
@@ -489,36 +548,38 @@ class TransformerSeq2SeqModel(nn.Module):
     def embed(self, ids: Tensor, offset: int = 0) -> Tensor:
         """ids [B, T] at positions `offset` on -> [B, T, D] (section 3.4: scaled by sqrt(D))."""
         scaled = self.embedding(ids) * math.sqrt(self.config.d_model)
-        return self.dropout(self.positions.embed(scaled, offset))
+        return self.positions.embed(scaled, offset)
 
-    def encode(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """input_ids [B, S] -> (memory [B, S, D], source_mask [B, 1, 1, S] bool, True = a token).
+    def encode(self, input_ids: Tensor) -> tuple[Tensor, Unpadded]:
+        """input_ids [B, S] -> (memory [M, D] of the M tokens among them, where they stand).
 
-        A row of nothing but pads may attend to its first pad, so that no softmax is ever empty.
+        In a row of nothing but pads the first counts as a token, so that no softmax is ever empty.
         """
         # Comparisons and no assignment: this must also export to ONNX for Modlee.
         first = torch.arange(input_ids.size(1), device=input_ids.device) < 1  # [S]
-        source_mask = (input_ids.ne(self.config.pad_id) | first)[
-            :, None, None, :
-        ]  # [B, 1, 1, S]
-        x = self.embed(input_ids)
+        real = input_ids.ne(self.config.pad_id) | first  # [B, S]
+        source = Unpadded(real, keep_pads=torch.onnx.is_in_onnx_export())
+        x = self.dropout(source.drop(self.embed(input_ids)))  # [M, D]
         for layer in self.encoder_layers:
-            x = layer(x, source_mask, self.positions)
-        return self.encoder_norm(x), source_mask
+            x = layer(x, source, self.positions)
+        return self.encoder_norm(x), source
 
     def decode(
-        self, decoder_input_ids: Tensor, memory: Tensor, source_mask: Tensor
+        self,
+        decoder_input_ids: Tensor,
+        target: Unpadded,
+        memory: Tensor,
+        source: Unpadded,
     ) -> Tensor:
-        """All positions at once, for training: [B, T] -> [B, T, D]. Causal; pads need no mask,
-        because they stand on the right of everything that counts."""
-        x = self.embed(decoder_input_ids)
+        """All positions at once, for training: [B, T] -> [N, D] of the tokens of `target`. Causal."""
+        x = self.dropout(target.drop(self.embed(decoder_input_ids)))  # [N, D]
         causal_mask = None
         if torch.onnx.is_in_onnx_export():
             # `is_causal` would export as Trilu, which Modlee's converter cannot read.
-            steps = torch.arange(x.size(1), device=x.device)
+            steps = torch.arange(decoder_input_ids.size(1), device=x.device)
             causal_mask = ~(steps[None, :] > steps[:, None])  # [T, T]
         for layer in self.decoder_layers:
-            x = layer(x, memory, source_mask, causal_mask, self.positions)
+            x = layer(x, target, memory, source, causal_mask, self.positions)
         return self.decoder_norm(x)
 
     def decode_step(self, ids: Tensor, cache: "DecoderCache") -> Tensor:
@@ -535,29 +596,18 @@ class TransformerSeq2SeqModel(nn.Module):
         return self.output(hidden, 0, self.config.vocab_size)
 
     def loss(
-        self, hidden: Tensor, labels: Tensor, label_smoothing: float = 0.0
-    ) -> tuple[Tensor, Tensor]:
+        self, hidden: Tensor, wanted: Tensor, label_smoothing: float = 0.0
+    ) -> Tensor:
         """`sequence_loss` of `project(hidden)`, without ever holding all logits, which take
-        V / D times the memory of hidden [B, T, D]. labels [B, T] -> (loss_sum [], tokens [])."""
-        pad_id = self.config.pad_id
-        weight, vocab_size = self.output.weight, self.config.vocab_size
-        hidden, wanted = hidden.flatten(0, 1), labels.flatten()  # [B * T, D], [B * T]
-        tokens = wanted.ne(pad_id)
-        if (
-            hidden.device.type == "cpu"
-        ):  # elsewhere counting them would make the host wait
-            real = tokens.nonzero()[:, 0]
-            hidden, wanted = hidden[real], wanted[real]
-        loss_sum = _ProjectedLoss.apply(
+        V / D times the memory of hidden [N, D]. wanted [N] token ids -> summed loss []."""
+        return _ProjectedLoss.apply(
             hidden,
-            weight,
+            self.output.weight,
             wanted,
-            vocab_size,
-            pad_id,
+            self.config.vocab_size,
             label_smoothing,
             torch.is_grad_enabled(),
         )
-        return loss_sum, tokens.sum()
 
     def forward(
         self,
@@ -581,17 +631,21 @@ class TransformerSeq2SeqModel(nn.Module):
         """
         if isinstance(input_ids, (list, tuple)):
             input_ids, decoder_input_ids = input_ids
+        pad_id = self.config.pad_id
         if decoder_input_ids is None:
-            start = torch.full_like(input_ids[:, :1], self.config.pad_id)
-            shifted = labels is not None
-            decoder_input_ids = (
-                shift_right(labels, self.config.pad_id) if shifted else start
-            )
-        memory, source_mask = self.encode(input_ids)
-        hidden = self.decode(decoder_input_ids, memory, source_mask)
+            start = torch.full_like(input_ids[:, :1], pad_id)
+            decoder_input_ids = start if labels is None else shift_right(labels, pad_id)
+        memory, source = self.encode(input_ids)
         if labels is None:
-            return self.project(hidden)
-        return self.loss(hidden, labels, label_smoothing)
+            everything = torch.ones_like(decoder_input_ids, dtype=torch.bool)
+            target = Unpadded(everything, keep_pads=True)
+            hidden = self.decode(decoder_input_ids, target, memory, source)
+            return self.project(hidden).unflatten(0, target.shape)
+        target = Unpadded(labels.ne(pad_id))
+        hidden = self.decode(decoder_input_ids, target, memory, source)
+        wanted = target.drop(labels[..., None])[:, 0]  # [N]
+        tokens = torch.tensor(len(wanted), device=labels.device)
+        return self.loss(hidden, wanted, label_smoothing), tokens
 
 
 def count_flops(
@@ -661,13 +715,14 @@ def sequence_loss(
 
 
 class _ProjectedLoss(torch.autograd.Function):
-    """The vocabulary projection and `sequence_loss` in one, a few tokens at a time.
+    """The vocabulary projection and `sequence_loss` in one, a piece of the tokens at a time.
 
     A piece's gradients are computed while its logits are there, so the logits of all tokens, by far
-    the largest tensor of a training step, never exist.
+    the largest tensor of a training step, never exist, and in float32 those of a few rows alone.
     """
 
-    ELEMENTS = 2**24  # logits at a time: 64 MiB in float32
+    PIECE = 2**26  # logits in the dtype of the products: 128 MiB in bfloat16
+    ROWS, ROWS_CPU = 2**24, 2**20  # in float32; 4 MiB are at home in a CPU's cache
 
     @staticmethod
     def forward(
@@ -676,7 +731,6 @@ class _ProjectedLoss(torch.autograd.Function):
         weight: Tensor,
         labels: Tensor,
         vocab_size: int,
-        pad_id: int,
         smoothing: float,
         learns: bool,
     ) -> Tensor:
@@ -686,70 +740,64 @@ class _ProjectedLoss(torch.autograd.Function):
         # gradients do not know the loss scale that keeps small ones from vanishing.
         dtype = F.linear(hidden[:1], weight[:1]).dtype
         dtype = torch.float32 if dtype == torch.float16 else dtype
-        real = labels.ne(pad_id)[:, None]  # [N, 1]
-        x = hidden.to(dtype) * real.to(dtype)  # of pads nothing is learnt
-        w = weight[:vocab_size].to(dtype)
-        grad_x = torch.empty_like(x) if learns else x
-        grad_w = torch.zeros_like(weight) if learns else weight
-        loss = torch.zeros((), device=x.device)
-        size = min(max(1, _ProjectedLoss.ELEMENTS // vocab_size), max(1, len(x)))
+        x, w, labels = hidden.to(dtype), weight[:vocab_size].to(dtype), labels[:, None]
+        on_cpu = x.device.type == "cpu"
+        elements = _ProjectedLoss.ROWS_CPU if on_cpu else _ProjectedLoss.ROWS
+        size = min(max(1, _ProjectedLoss.PIECE // vocab_size), max(1, len(x)))
+        rows = min(max(1, elements // vocab_size), size)
         # Made once: a CPU takes longer to find new memory than to do the work in it.
         logits = x.new_empty(size, vocab_size)
-        scores, softmax = x.new_empty(2, size, vocab_size, dtype=torch.float32)
-        piece, whole = torch.empty_like(w), torch.empty_like(w, dtype=torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
-            for part, grad_part, wanted, counts in zip(
-                x.split(size),
-                grad_x.split(size),
-                labels[:, None].split(size),
-                real.split(size),
-            ):
-                rows = len(part)
-                torch.mm(part, w.t(), out=logits[:rows])  # [C, V]
-                scores[:rows].copy_(logits[:rows])
-                torch.softmax(scores[:rows], dim=-1, out=softmax[:rows])
-                likely = softmax[:rows].gather(1, wanted)  # [C, 1]
-                log_likely = likely.clamp_min(torch.finfo(torch.float32).tiny).log()
-                picked = log_likely * (1 - smoothing)
-                if smoothing:
-                    # The mean of the log-probabilities: that of the scores, shifted alike.
-                    shift = log_likely - scores[:rows].gather(1, wanted)
-                    mean = scores[:rows].mean(dim=1, keepdim=True) + shift
-                    picked += mean * smoothing
-                loss -= (picked * counts).sum()
-                if not learns:
-                    continue
-                if smoothing:
-                    softmax[:rows] -= smoothing / vocab_size
-                target = likely.new_full(wanted.shape, smoothing - 1)
-                softmax[:rows].scatter_add_(
-                    1, wanted, target
-                )  # now the logits' gradient
-                logits[:rows].copy_(softmax[:rows])
-                torch.mm(logits[:rows], w, out=grad_part)
-                torch.mm(logits[:rows].t(), part, out=piece)
-                grad_w[:vocab_size] += whole.copy_(piece)
+        work = x.new_empty(rows, vocab_size, dtype=torch.float32)
+        losses = x.new_empty(len(x), 1, dtype=torch.float32)
         if learns:
-            grad_x *= real.to(dtype)
-        ctx.save_for_backward(grad_x, grad_w)
-        return loss
+            grad_x, grad_w = torch.empty_like(x), torch.zeros_like(weight)
+            grad_piece = torch.empty_like(w)
+        with torch.autocast(x.device.type, enabled=False):
+            for start in range(0, len(x), size):
+                piece = slice(start, start + size)
+                part = logits[: len(x[piece])]  # [C, V]
+                torch.mm(x[piece], w.t(), out=part)
+                for few, wanted, loss in zip(
+                    part.split(rows),
+                    labels[piece].split(rows),
+                    losses[piece].split(rows),
+                ):
+                    _cross_entropy(few, wanted, loss, smoothing, work)
+                if learns:  # the logits have become their gradient
+                    torch.mm(part, w, out=grad_x[piece])
+                    torch.mm(part.t(), x[piece], out=grad_piece)
+                    # Not added as it is: a CPU is slow with two dtypes in one operation.
+                    grad_w[:vocab_size] += grad_piece.float()
+        if learns:
+            ctx.save_for_backward(grad_x, grad_w)
+        return losses.sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
         grad_x, grad_w = ctx.saved_tensors
-        return grad_x.mul_(grad), grad_w.mul_(grad), *[None] * 5
+        return grad_x * grad, grad_w * grad, *[None] * 4
+
+
+def _cross_entropy(
+    logits: Tensor, wanted: Tensor, loss: Tensor, smoothing: float, work: Tensor
+) -> None:
+    """Write the cross-entropy of logits [C, V] with tokens wanted [C, 1] into `loss` [C, 1], and its
+    gradient over the logits. work: [C or more, V] float32, overwritten."""
+    vocab_size = logits.size(1)
+    log_probs = work[: len(logits)]
+    torch.log_softmax(logits, dim=-1, dtype=torch.float32, out=log_probs)
+    torch.mul(log_probs.gather(1, wanted), smoothing - 1, out=loss)
+    if smoothing:
+        loss -= log_probs.mean(dim=1, keepdim=True) * smoothing
+    gradient = log_probs.exp_()
+    if smoothing:
+        gradient -= smoothing / vocab_size
+    gradient.scatter_add_(1, wanted, torch.full_like(loss, smoothing - 1))
+    logits.copy_(gradient)
 
 
 # ---- decoding ---------------------------------------------------------------------------------
-
-
-def _alike(real: Tensor) -> list[Tensor]:
-    """Groups of rows of similar length, to be encoded by themselves where that saves a CPU a good
-    part of the pads. real [B, S] bool, False = pad -> int64 row numbers."""
-    rows = real.sum(dim=1).argsort()
-    sparse = real.size(0) >= 8 and real.float().mean() < 0.75
-    return list(rows.chunk(4)) if sparse and real.device.type == "cpu" else [rows]
 
 
 class DecoderCache:
@@ -772,26 +820,18 @@ class DecoderCache:
         self.width, self.length = width, 0
         layers, config = model.decoder_layers, model.config
         heads, head_dim = config.nhead, config.d_model // config.nhead
-        batch, length = input_ids.shape
         dtype = model.embedding.weight.dtype
-        shape = (len(layers), 2, batch, heads, length, head_dim)
-        self._memory = torch.zeros(shape, dtype=dtype, device=input_ids.device)
-        mask = torch.zeros(
-            batch, 1, 1, length, dtype=torch.bool, device=input_ids.device
-        )
-        for rows in _alike(input_ids.ne(config.pad_id)):
-            ids = input_ids[rows]
-            ids = ids[:, : max(1, int(ids.ne(config.pad_id).sum(dim=1).max()))]
-            memory, mask_part = model.encode(ids)
-            mask[rows, ..., : ids.size(1)] = mask_part
-            for kept, layer in zip(self._memory[..., : ids.size(1), :], layers):
-                key, value = layer.cross_attention.project(memory, 1, 2)
-                kept[0, rows], kept[1, rows] = key.to(dtype), value.to(dtype)
+        memory, source = model.encode(input_ids)
+        projected = [
+            torch.stack(layer.cross_attention.project(memory, source, 1, 2))
+            for layer in layers
+        ]
+        self._memory = torch.stack(projected).to(dtype)  # [L, 2, B, H, S, Dh]
         self.source_mask = None
-        if not mask.all():
-            self.source_mask = torch.zeros_like(mask, dtype=dtype)
-            self.source_mask.masked_fill_(~mask, -torch.inf)
-        shape = (len(layers), 2, batch * width, heads, 16, head_dim)
+        if source.mask is not None:
+            self.source_mask = torch.zeros_like(source.mask, dtype=dtype)
+            self.source_mask.masked_fill_(~source.mask, -torch.inf)
+        shape = (len(layers), 2, len(input_ids) * width, heads, 16, head_dim)
         self._past = self._memory.new_empty(shape)
         self.memory = [layer.unbind() for layer in self._memory]
         self.steps = [
@@ -1178,9 +1218,11 @@ def cross_attention_weights(
     found = []
 
     def keep(module: Attention, inputs: tuple) -> None:
-        query, key, _, mask = inputs
+        query, key, _, _, mask = inputs
         scores = (query @ key.mT) * key.size(-1) ** -0.5  # [B, H, T, S]
-        found.append(scores.masked_fill(~mask, -torch.inf).softmax(dim=-1))
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        found.append(scores.softmax(dim=-1))
 
     hooks = [
         layer.cross_attention.register_forward_pre_hook(keep)
