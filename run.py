@@ -334,6 +334,42 @@ class BenchConfig:
             raise ValueError("--turns must be at least 3, or there is no interval")
 
 
+@dataclass(frozen=True)
+class BenchTrainConfig:
+    """Training speed: how it grows, or with --peers beside other implementations."""
+
+    peers: bool = option(
+        False, "compare with nn.Transformer, Marian, x-transformers and the tutorial"
+    )
+    dataset: tuple[str, ...] = option(
+        ("phrasebook",), "what to train on, as for training"
+    )
+    tokenizer: str = option("t5-small", "hub name, folder, or train:N")
+    max_length: int = option(128, "tokens per sentence; longer pairs are dropped")
+    size: str = option(
+        "tutorial", "of the model", choices=("demo", "wide", "tutorial", "widest")
+    )
+    batch_tokens: int | None = option(
+        None, "pairs x longest sentence in a batch; default: 2048, on a GPU 25000"
+    )
+    steps: int = option(4, "different batches in a turn")
+    turns: int = option(7, "timed turns; every turn runs everything once")
+    compile: bool = option(False, "also ours with torch.compile")
+    device: str = option("auto", "auto, cpu, cuda or mps")
+    precision: str = option(
+        "auto",
+        "arithmetic; auto: what the device does well",
+        choices=("auto", "fp32", "bf16"),
+    )
+    picture: str = option("results/cost.png", "where the picture goes, without --peers")
+    json: str | None = option(None, "also write the figures to this file")
+
+    def __post_init__(self) -> None:
+        check_counts(self, "max_length", "batch_tokens", "steps", "turns")
+        if self.turns < 3:
+            raise ValueError("--turns must be at least 3, or there is no interval")
+
+
 CONFIGS = {
     "train": TrainConfig,
     "translate": TranslateConfig,
@@ -341,6 +377,7 @@ CONFIGS = {
     "export": ExportConfig,
     "bench": BenchConfig,
     "bench decode": BenchDecodeConfig,
+    "bench train": BenchTrainConfig,
 }
 
 
@@ -471,6 +508,7 @@ from seq2seq import (
     cross_attention_weights,
     greedy_decode,
     sample_decode,
+    shift_right,
 )
 
 LOG_EVERY = 20  # optimizer steps between points of the loss curve, and between host-device syncs
@@ -885,19 +923,25 @@ def prefetch(loader, device: torch.device) -> Iterator[list[Tensor]]:
 
 
 def compile_model(model: nn.Module) -> bool:
-    """Compile in place, once for all shapes; where nothing can be compiled, say so and go on.
+    """Compile in place, once for all shapes; where that cannot be done, say so and go on.
     Returns whether it was done."""
     device = next(model.parameters()).device
     try:
+        # Older ones compile anew for every batch: shapes inside of `Unpadded` are constants to them.
+        if not hasattr(torch._dynamo.config, "inline_inbuilt_nn_modules"):
+            raise RuntimeError("torch 2.5 or newer would be needed")
         torch.compile(torch.sin)(torch.ones(2, device=device))
     except RuntimeError as error:  # all of torch's complaints about a missing compiler
         reason = str(error).strip().splitlines()[0]
         print(
-            f"note: --compile is left out, nothing can compile here: {reason}",
+            f"note: --compile is left out: {reason}",
             file=sys.stderr,
         )
         return False
-    model.compile(dynamic=True)
+    # Layer by layer: all layers of a kind share one graph, and what depends on how many pads a batch
+    # has stays outside.
+    for layer in (*model.encoder_layers, *model.decoder_layers):
+        layer.compile(dynamic=True)
     return True
 
 
@@ -2842,12 +2886,14 @@ def outside(answer: dict) -> float:
 def paired_difference(windows: np.ndarray, reference: np.ndarray) -> Interval:
     """How much longer a step takes, seconds: the median over pairs of windows, of which every one
     was the same work, and 95 % of 2,000 resamplings of the pairs. Both [windows] seconds."""
-    differences = (windows - reference) / WINDOW
-    count = len(differences)
-    picks = np.random.default_rng(0).integers(count, size=(2000, count))
-    medians = np.median(differences[picks], axis=1)
-    low, high = np.percentile(medians, [2.5, 97.5])
-    return Interval(float(np.median(differences)), float(low), float(high))
+    return median_interval((windows - reference) / WINDOW)
+
+
+def median_interval(values: np.ndarray) -> Interval:
+    """values [N]"""
+    picks = np.random.default_rng(0).integers(len(values), size=(2000, len(values)))
+    low, high = np.percentile(np.median(values[picks], axis=1), [2.5, 97.5])
+    return Interval(float(np.median(values)), float(low), float(high))
 
 
 def describe_work(sampler: GatedSampler, config: Seq2SeqConfig) -> dict:
@@ -3248,6 +3294,521 @@ def draw_bench(path: Path, report: dict, middle: str) -> None:
 
 
 # ---- commands ---------------------------------------------------------------------------------
+
+
+# ---- bench train: training throughput -----------------------------------------------------------
+
+MODEL_SIZES = {"demo": {}, "wide": WIDE, "tutorial": TUTORIAL, "widest": WIDEST}
+TUTORIAL_LENGTH = 50  # tokens to which the tutorial pads and cuts every sentence
+
+
+def sinusoids(x: Tensor) -> Tensor:
+    """x [B, T, D] -> the position table [T, D] that `nn.Transformer` comes without."""
+    from positional import sinusoidal_positional_encoding
+
+    return sinusoidal_positional_encoding(x.size(1), x.size(2)).to(x)
+
+
+class TorchTransformer(nn.Module):
+    """`nn.Transformer` with what it needs to translate: embeddings, positions, masks, tied output."""
+
+    def __init__(self, config: Seq2SeqConfig):
+        super().__init__()
+        self.scale, self.pad_id = math.sqrt(config.d_model), config.pad_id
+        self.vocab_size = config.vocab_size
+        rows = math.ceil(config.vocab_size / 64) * 64
+        self.embedding = nn.Embedding(rows, config.d_model, config.pad_id)
+        self.dropout = nn.Dropout(config.dropout)
+        self.transformer = nn.Transformer(
+            config.d_model,
+            config.nhead,
+            config.num_encoder_layers,
+            config.num_decoder_layers,
+            config.dim_feedforward,
+            config.dropout,
+            batch_first=True,
+            norm_first=True,
+        )
+
+    def embed(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids) * self.scale  # [B, T, D]
+        return self.dropout(x + sinusoids(x))
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        pads = input_ids.eq(self.pad_id)  # here True means "may not attend"
+        causal = nn.Transformer.generate_square_subsequent_mask(
+            labels.size(1), device=labels.device, dtype=torch.bool
+        )
+        hidden = self.transformer(
+            self.embed(input_ids),
+            self.embed(shift_right(labels, self.pad_id)),
+            tgt_mask=causal,
+            src_key_padding_mask=pads,
+            memory_key_padding_mask=pads,
+            tgt_is_causal=True,
+        )
+        logits = nn.functional.linear(hidden, self.embedding.weight)[
+            ..., : self.vocab_size
+        ]
+        return nn.functional.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), ignore_index=self.pad_id
+        )
+
+
+class TutorialTransformer(nn.Module):
+    """The tutorial's model as it was written, but that its batches come first: no masks, a loss over
+    pads, the decoder fed with what it is to write."""
+
+    def __init__(self, config: Seq2SeqConfig):
+        super().__init__()
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.transformer = nn.Transformer(
+            config.d_model,
+            config.nhead,
+            config.num_encoder_layers,
+            config.num_decoder_layers,
+            config.dim_feedforward,
+            batch_first=True,
+        )
+        self.output = nn.Linear(config.d_model, config.vocab_size)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)  # [B, T, D]
+        return x + sinusoids(x)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        hidden = self.transformer(self.embed(input_ids), self.embed(labels))
+        logits = self.output(hidden)
+        return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+class Marian(nn.Module):
+    """transformers' Marian: the same layers with norms after the sums."""
+
+    def __init__(self, config: Seq2SeqConfig):
+        super().__init__()
+        from transformers import MarianConfig, MarianMTModel
+
+        rows = math.ceil(config.vocab_size / 64) * 64
+        settings = MarianConfig(
+            vocab_size=rows,
+            d_model=config.d_model,
+            encoder_layers=config.num_encoder_layers,
+            decoder_layers=config.num_decoder_layers,
+            encoder_attention_heads=config.nhead,
+            decoder_attention_heads=config.nhead,
+            encoder_ffn_dim=config.dim_feedforward,
+            decoder_ffn_dim=config.dim_feedforward,
+            activation_function="relu",
+            dropout=config.dropout,
+            attention_dropout=0.0,
+            max_position_embeddings=1024,
+            scale_embedding=True,
+            pad_token_id=config.pad_id,
+            eos_token_id=config.eos_id,
+            decoder_start_token_id=config.pad_id,
+            use_cache=False,
+        )
+        try:
+            settings._attn_implementation = "sdpa"
+            self.model = MarianMTModel(settings)
+        except ValueError:  # before transformers 4.5x Marian has no such attention
+            settings._attn_implementation = "eager"
+            self.model = MarianMTModel(settings)
+        self.pad_id = config.pad_id
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        found = self.model(
+            input_ids=input_ids,
+            attention_mask=input_ids.ne(self.pad_id),
+            decoder_input_ids=shift_right(labels, self.pad_id),
+            labels=labels.masked_fill(labels.eq(self.pad_id), -100),
+        )
+        return found.loss
+
+
+class XTransformer(nn.Module):
+    """x-transformers' encoder-decoder with its flash attention."""
+
+    def __init__(self, config: Seq2SeqConfig):
+        super().__init__()
+        from x_transformers import XTransformer as Library
+
+        sides = {}
+        for side, layers in (
+            ("enc", config.num_encoder_layers),
+            ("dec", config.num_decoder_layers),
+        ):
+            sides |= {
+                f"{side}_num_tokens": math.ceil(config.vocab_size / 64) * 64,
+                f"{side}_depth": layers,
+                f"{side}_heads": config.nhead,
+                f"{side}_attn_dim_head": config.d_model // config.nhead,
+                f"{side}_max_seq_len": 1024,
+                f"{side}_ff_mult": config.dim_feedforward // config.d_model,
+                f"{side}_ff_dropout": config.dropout,
+                f"{side}_attn_flash": True,
+            }
+        self.pad_id = config.pad_id
+        self.model = Library(dim=config.d_model, tie_token_emb=True, **sides)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        start = torch.full_like(labels[:, :1], self.pad_id)
+        target = torch.cat([start, labels], dim=1)
+        target = target.masked_fill(target.eq(self.pad_id), -100)
+        target[:, 0] = self.pad_id  # read, never predicted
+        return self.model(input_ids, target, mask=input_ids.ne(self.pad_id))
+
+
+class Ours(TransformerSeq2SeqModel):
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        loss_sum, tokens = super().forward(input_ids, labels=labels)
+        return loss_sum / tokens
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """A model in `bench train` and what its batches are: "buckets" (ours), "longest" (shuffled pairs,
+    as many, padded to the longest) or "fixed" (the tutorial's, to 50 tokens)."""
+
+    label: str
+    build: type
+    batches: str
+    compile: bool = False
+
+
+TRAINEES = {
+    "ours": Trainee("ours", Ours, "buckets"),
+    "compiled": Trainee("ours, --compile", Ours, "buckets", True),
+    "tutorial": Trainee("the tutorial as written", TutorialTransformer, "fixed"),
+    "torch": Trainee("nn.Transformer", TorchTransformer, "longest"),
+    "torch-buckets": Trainee(
+        "nn.Transformer, our batches", TorchTransformer, "buckets"
+    ),
+    "marian": Trainee("transformers Marian", Marian, "longest"),
+    "marian-buckets": Trainee("transformers Marian, our batches", Marian, "buckets"),
+    "x": Trainee("x-transformers", XTransformer, "longest"),
+    "x-buckets": Trainee("x-transformers, our batches", XTransformer, "buckets"),
+}
+
+
+def same_scale(model: nn.Module, width: int) -> None:
+    """Start every model alike: Glorot-uniform matrices, embeddings with deviation 1 / sqrt(D)."""
+    embeddings = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+    for parameter in model.parameters():
+        if any(parameter is weight for weight in embeddings):
+            nn.init.normal_(parameter, std=width**-0.5)
+        elif parameter.dim() == 2:
+            nn.init.xavier_uniform_(parameter)
+
+
+def serve_trainee(
+    trainee: Trainee,
+    config: Seq2SeqConfig,
+    batches: list[tuple[Tensor, Tensor]],
+    device_name: str,
+    precision: str,
+    pipe,
+) -> None:
+    """Answers, whenever asked, what a turn over the batches took; first of all None, or why this
+    trainee is left out."""
+    import warnings
+
+    warnings.filterwarnings("ignore", "enable_nested_tensor")  # of nn.Transformer
+    device = choose_device(device_name)
+    torch.manual_seed(0)
+    try:
+        if trainee.build is Ours:
+            model = Ours(**dataclasses.asdict(config))
+        else:
+            model = trainee.build(config)
+    except ImportError as error:
+        pipe.send(f"not installed ({error})")
+        return
+    same_scale(model, config.d_model)
+    model.to(device).train()
+    if trainee.compile and not compile_model(model):
+        pipe.send("nothing can compile here")
+        return
+    optimizer = build_optimizer(model, TrainConfig(learning_rate=1e-4))
+    in_precision = autocast(device, precision)
+    batches = [[ids.to(device) for ids in batch] for batch in batches]
+    pipe.send(None)
+    while pipe.recv():
+        memory_peak(device, reset=True)
+        started, losses = time.perf_counter(), []
+        for batch in batches:
+            optimizer.zero_grad(set_to_none=True)
+            with in_precision:
+                loss = model(*batch)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        synchronize(device)
+        seconds = time.perf_counter() - started
+        pipe.send(
+            {
+                "seconds": seconds,
+                "memory": memory_peak(device),
+                "loss": torch.stack(losses).mean().item(),
+                "graphs": count_graphs(),
+            }
+        )
+
+
+def count_graphs() -> int:
+    """How many graphs torch.compile has made in this process."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
+
+
+def trainee_batches(
+    dataset: data.PairDataset, kind: str, budget: int, steps: int, multiple: int
+) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[int, int]]]:
+    """`steps` batches of a kind (see Trainee) that stand for an epoch, and the lengths of the pairs
+    in them."""
+    sampler = data.BucketBatchSampler(
+        *dataset.lengths, batch_tokens=budget, multiple=multiple
+    )
+    if kind == "buckets":  # from short to long, each for an equal share of the tokens
+        order = sorted(
+            sampler.batches, key=lambda rows: dataset.lengths[1][rows].mean()
+        )
+        middles = (np.arange(steps) + 0.5) / steps
+        chosen = [order[int(middle * len(order))] for middle in middles]
+    else:
+        size = max(1, len(dataset) // len(sampler))
+        size = max(1, budget // TUTORIAL_LENGTH) if kind == "fixed" else size
+        rows = np.random.default_rng(0).permutation(len(dataset))
+        chosen = [rows[i * size : (i + 1) * size] for i in range(steps)]
+    limit = TUTORIAL_LENGTH if kind == "fixed" else None
+    pairs = [
+        [tuple(ids[:limit] for ids in dataset[row]) for row in rows] for rows in chosen
+    ]
+    lengths = [(len(source), len(target)) for rows in pairs for source, target in rows]
+    if kind == "fixed":
+        batches = [data.pad_batch(rows, 0, TUTORIAL_LENGTH) for rows in pairs]
+    else:
+        batches = [data.pad_batch(rows, 0, multiple) for rows in pairs]
+    return batches, lengths
+
+
+def describe_trainee(
+    label: str, answers: list[dict], batches: list, lengths: list, config, peak: float
+) -> dict:
+    """The figures of a row; medians over the turns."""
+    tokens = sum(map(sum, lengths))
+    padded = sum(ids.numel() for batch in batches for ids in batch)
+    flops = 3 * sum(count_flops(config, *pair) for pair in lengths)
+    seconds = float(np.median([answer["seconds"] for answer in answers]))
+    memory = [answer["memory"] for answer in answers if answer["memory"]]
+    return {
+        "label": label,
+        "tokens_per_second": round(tokens / seconds, 1),
+        "step_ms": round(1e3 * seconds / len(batches), 1),
+        "tokens_per_step": round(tokens / len(batches), 1),
+        "padding_share": round(1 - tokens / padded, 4),
+        "memory_mib": round(max(memory) / 2**20) if memory else None,
+        "mfu": round(flops / seconds / peak, 4),
+        "graphs": answers[-1]["graphs"],
+        "seconds_per_token": [answer["seconds"] / tokens for answer in answers],
+    }
+
+
+def bench_train(config: BenchTrainConfig) -> int:
+    """Everything in turn, turn by turn, each in a process of its own."""
+    from tqdm import tqdm
+
+    check_report(config.json)
+    check_report(None if config.peers else config.picture, "--picture")
+    device = choose_device(config.device)
+    precision = choose_precision(config.precision, device)
+    budget = config.batch_tokens or (25_000 if device.type == "cuda" else 2048)
+    settings = TrainConfig(
+        dataset=config.dataset, tokenizer=config.tokenizer, max_length=config.max_length
+    )
+    prepared = prepare_data(settings)
+    multiple = 8 if device.type == "cuda" else 1
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    peak = machine_rates(device, dtype)[0]
+    if config.peers:
+        cases = peer_cases(config, prepared, budget, multiple)
+    else:
+        cases = growth_cases(config, prepared, budget, multiple, device)
+    jobs = {
+        name: (trainee, model, batches, config.device, precision)
+        for name, (trainee, model, batches, _) in cases.items()
+    }
+    rows, left_out = {}, {}
+    groups = [jobs] if config.peers else [{name: job} for name, job in jobs.items()]
+    total = (config.turns + 1) * len(jobs)
+    with tqdm(desc="bench train", total=total, unit="turn", disable=None) as bar:
+        for group in groups:
+            with serving(serve_trainee, group) as serve:
+                for name in group:
+                    if reason := serve[name]():
+                        left_out[name] = reason
+                        del serve[name]
+                answers = {name: [] for name in serve}
+                for turn in range(config.turns + 1):  # the first one warms up
+                    for name in serve if turn % 2 else reversed(list(serve)):
+                        answers[name].append(serve[name](True))
+                        bar.update()
+            for name, found in answers.items():
+                trainee, model, batches, lengths = cases[name]
+                rows[name] = describe_trainee(
+                    trainee.label, found[1:], batches, lengths, model, peak
+                )
+    report = {
+        "command": " ".join(["python", "run.py", *sys.argv[1:]]),
+        "machine": describe_machine(device),
+        "versions": versions(),
+        "precision": precision,
+        "matmul_gflops": round(peak / 1e9, 1),
+        "size": config.size,
+        "batch_tokens": budget,
+        "rows": rows,
+        "left_out": left_out,
+    }
+    if config.peers:
+        ours = np.array(rows["ours"]["seconds_per_token"])
+        for row in rows.values():
+            ratio = median_interval(np.array(row["seconds_per_token"]) / ours)
+            row["ours_is_faster"] = [round(value, 3) for value in ratio]
+    print_bench_train(report)
+    if not config.peers:
+        picture = Path(config.picture).expanduser()
+        draw_growth(picture, report)
+        say("picture", f"{picture}")
+    if config.json:
+        write_json(Path(config.json).expanduser(), report)
+    return 0
+
+
+def model_config(size: str, vocab_size: int) -> Seq2SeqConfig:
+    """One of MODEL_SIZES."""
+    chosen = choose_model(
+        TrainConfig(**{k: v for k, v in MODEL_SIZES[size].items() if k != "batch_size"})
+    )
+    return dataclasses.replace(chosen, vocab_size=vocab_size, max_length=1024)
+
+
+def peer_cases(
+    config: BenchTrainConfig, prepared: data.Data, budget: int, multiple: int
+) -> dict:
+    """name -> (trainee, its model, its batches, the lengths in them)."""
+    model = model_config(config.size, len(prepared.tokenizer))
+    wanted = [name for name in TRAINEES if name != "compiled" or config.compile]
+    return {
+        name: (
+            TRAINEES[name],
+            model,
+            *trainee_batches(
+                prepared.train, TRAINEES[name].batches, budget, config.steps, multiple
+            ),
+        )
+        for name in wanted
+    }
+
+
+def growth_cases(
+    config: BenchTrainConfig, prepared: data.Data, budget: int, multiple: int, device
+) -> dict:
+    """One thing changes at a time: the budget, the length of all sentences, the model."""
+    vocab_size, cases = len(prepared.tokenizer), {}
+    model = model_config(config.size, vocab_size)
+    for factor in (0.125, 0.25, 0.5, 1, 2, 4):
+        tokens = int(budget * factor)
+        found = trainee_batches(
+            prepared.train, "buckets", tokens, config.steps, multiple
+        )
+        cases[f"budget {tokens}"] = (TRAINEES["ours"], model, *found)
+    for length in (8, 16, 32, 64, 128, 256):
+        count = max(1, budget // length)
+        ids = torch.arange(count * length).view(count, length) % (vocab_size - 2) + 2
+        pair = (ids, ids.flip(0))
+        lengths = [(length, length)] * count
+        cases[f"length {length}"] = (TRAINEES["ours"], model, [pair], lengths)
+    sizes = list(MODEL_SIZES) if device.type == "cuda" else list(MODEL_SIZES)[:3]
+    for size in sizes:
+        found = trainee_batches(
+            prepared.train, "buckets", budget, config.steps, multiple
+        )
+        cases[f"size {size}"] = (
+            TRAINEES["ours"],
+            model_config(size, vocab_size),
+            *found,
+        )
+    return cases
+
+
+def print_bench_train(report: dict) -> None:
+    """The table; ratios before rates, because the machine decides the rates."""
+    head = f"{report['machine']}, {report['precision']}, {report['size']} size, "
+    head += f"{report['batch_tokens']:,} tokens per batch; "
+    print(f"\n{head}matmul {report['matmul_gflops']:,.0f} GFLOP/s\n")
+    with_ratio = any("ours_is_faster" in row for row in report["rows"].values())
+    columns = ["", "real tokens/s", "ms per step", "pads", "memory MiB", "MFU"]
+    lines = [columns + ["ours is faster by"] * with_ratio]
+    for name, row in report["rows"].items():
+        label = row["label"] if with_ratio else name
+        if row["graphs"]:
+            label += f" ({row['graphs']} graphs)"
+        line = [
+            label,
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['step_ms']:,.0f}",
+            f"{row['padding_share']:.1%}",
+            f"{row['memory_mib']:,}" if row["memory_mib"] else "",
+            f"{row['mfu']:.0%}",
+        ]
+        if with_ratio:
+            value, low, high = row["ours_is_faster"]
+            line.append("" if name == "ours" else f"{value:.2f} ({low:.2f}-{high:.2f})")
+        lines.append(line)
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
+        rest = [cell.rjust(width) for cell, width in zip(line, widths)][1:]
+        print("  ".join([line[0].ljust(widths[0]), *rest]))
+    for name, reason in report["left_out"].items():
+        print(f"left out: {TRAINEES[name].label}: {reason}")
+
+
+def draw_growth(path: Path, report: dict) -> None:
+    """Tokens per second and memory over budget, length and size."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 5.2), layout="constrained")
+    titles = {
+        "budget": "tokens per batch",
+        "length": "tokens per sentence, all alike",
+        "size": "model",
+    }
+    axes = figure.subplots(2, 3, sharey="row", sharex="col")
+    for column, (kind, title) in enumerate(titles.items()):
+        found = {
+            name.split()[1]: row
+            for name, row in report["rows"].items()
+            if name.startswith(kind)
+        }
+        x = list(found)
+        speeds = [row["tokens_per_second"] for row in found.values()]
+        memory = [row["memory_mib"] or math.nan for row in found.values()]
+        axes[0][column].plot(x, speeds, marker="o", color="#1f5a96")
+        axes[1][column].plot(x, memory, marker="o", color="#b3541e")
+        axes[1][column].set_xlabel(title)
+        for axis in axes[:, column]:
+            axis.grid(alpha=0.3)
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.set_yscale("log")
+    axes[0][0].set_ylabel("real tokens per second")
+    axes[1][0].set_ylabel("peak memory, MiB")
+    figure.suptitle(
+        f"Training, {report['size']} size unless said: {report['machine']}, "
+        f"{report['precision']}",
+        fontsize=10,
+    )
+    write_file(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))
 
 
 def say(topic: str, text: str) -> None:
@@ -3673,6 +4234,7 @@ def main(command: str, config) -> int:
         "export": export,
         "bench": bench,
         "bench decode": bench_decode,
+        "bench train": bench_train,
     }
     try:
         return commands[command](config)
