@@ -3496,6 +3496,8 @@ def same_scale(model: nn.Module, width: int) -> None:
     """Start every model alike: Glorot-uniform matrices, embeddings with deviation 1 / sqrt(D)."""
     embeddings = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
     for parameter in model.parameters():
+        if not parameter.requires_grad:  # Marian's table of positions
+            continue
         if any(parameter is weight for weight in embeddings):
             nn.init.normal_(parameter, std=width**-0.5)
         elif parameter.dim() == 2:
@@ -3611,8 +3613,15 @@ def describe_trainee(
         "memory_mib": round(max(memory) / 2**20) if memory else None,
         "mfu": round(flops / seconds / peak, 4),
         "graphs": answers[-1]["graphs"],
-        "seconds_per_token": [answer["seconds"] / tokens for answer in answers],
+        "turn_seconds": [round(answer["seconds"], 4) for answer in answers],
     }
+
+
+def compare_trainees(answers: list[dict], tokens: int, our_tokens: int) -> list[float]:
+    """How many times as long a real token takes as with ours in the same turn."""
+    seconds = np.array([answer["seconds"] for answer in answers]) / tokens
+    ours = np.array([answer["ours"]["seconds"] for answer in answers]) / our_tokens
+    return [round(value, 3) for value in median_interval(seconds / ours)]
 
 
 def bench_train(config: BenchTrainConfig) -> int:
@@ -3639,25 +3648,43 @@ def bench_train(config: BenchTrainConfig) -> int:
         name: (trainee, model, batches, config.device, precision)
         for name, (trainee, model, batches, _) in cases.items()
     }
-    rows, left_out = {}, {}
-    groups = [jobs] if config.peers else [{name: job} for name, job in jobs.items()]
-    total = (config.turns + 1) * len(jobs)
+    # Few at a time, which need not share the memory and are close in time; ours is always there.
+    if config.peers:
+        groups = [[name for name in cases if cases[name][0].build is Ours]]
+        for build in dict.fromkeys(cases[name][0].build for name in cases):
+            if build is not Ours:
+                group = [name for name in cases if cases[name][0].build is build]
+                groups.append(["ours", *group])
+        groups = [group for group in groups if len(group) > 1]
+    else:
+        groups = [[name] for name in cases]
+    found, left_out = {name: [] for name in cases}, {}
+    total = (config.turns + 1) * sum(map(len, groups))
     with tqdm(desc="bench train", total=total, unit="turn", disable=None) as bar:
         for group in groups:
-            with serving(serve_trainee, group) as serve:
+            with serving(serve_trainee, {name: jobs[name] for name in group}) as serve:
                 for name in group:
                     if reason := serve[name]():
                         left_out[name] = reason
                         del serve[name]
-                answers = {name: [] for name in serve}
-                for turn in range(config.turns + 1):  # the first one warms up
+                for turn in range(config.turns + 1):
+                    answers = {}
                     for name in serve if turn % 2 else reversed(list(serve)):
-                        answers[name].append(serve[name](True))
+                        answers[name] = serve[name](True)
                         bar.update()
-            for name, found in answers.items():
-                trainee, model, batches, lengths = cases[name]
-                rows[name] = describe_trainee(
-                    trainee.label, found[1:], batches, lengths, model, peak
+                    for name in serve if turn else ():  # the first one warms up
+                        beside = answers.get("ours")
+                        found[name].append(answers[name] | {"ours": beside})
+    rows = {}
+    for name, answers in found.items():
+        if answers:
+            trainee, model, batches, lengths = cases[name]
+            rows[name] = describe_trainee(
+                trainee.label, answers, batches, lengths, model, peak
+            )
+            if config.peers:
+                rows[name]["ours_is_faster"] = compare_trainees(
+                    answers, sum(map(sum, lengths)), sum(map(sum, cases["ours"][3]))
                 )
     report = {
         "command": " ".join(["python", "run.py", *sys.argv[1:]]),
@@ -3670,11 +3697,6 @@ def bench_train(config: BenchTrainConfig) -> int:
         "rows": rows,
         "left_out": left_out,
     }
-    if config.peers:
-        ours = np.array(rows["ours"]["seconds_per_token"])
-        for row in rows.values():
-            ratio = median_interval(np.array(row["seconds_per_token"]) / ours)
-            row["ours_is_faster"] = [round(value, 3) for value in ratio]
     print_bench_train(report)
     if not config.peers:
         picture = Path(config.picture).expanduser()
@@ -3770,6 +3792,7 @@ def print_bench_train(report: dict) -> None:
     for line in lines:
         rest = [cell.rjust(width) for cell, width in zip(line, widths)][1:]
         print("  ".join([line[0].ljust(widths[0]), *rest]))
+    print("pads: of all places in the batches; ours computes them in attention alone")
     for name, reason in report["left_out"].items():
         print(f"left out: {TRAINEES[name].label}: {reason}")
 

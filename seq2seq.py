@@ -649,11 +649,11 @@ class TransformerSeq2SeqModel(nn.Module):
             target = Unpadded(everything, keep_pads=True)
             hidden = self.decode(decoder_input_ids, target, memory, source)
             return self.project(hidden).unflatten(0, target.shape)
-        target = Unpadded(labels.ne(pad_id))
+        real = labels.ne(pad_id)
+        target = Unpadded(real)
         hidden = self.decode(decoder_input_ids, target, memory, source)
         wanted = target.drop(labels[..., None])[:, 0]  # [N]
-        tokens = torch.tensor(len(wanted), device=labels.device)
-        return self.loss(hidden, wanted, label_smoothing), tokens
+        return self.loss(hidden, wanted, label_smoothing), real.sum()
 
 
 def count_flops(

@@ -35,9 +35,12 @@ from data import InputError
 from positional import POSITIONAL_KINDS, sinusoidal_positional_encoding
 from seq2seq import (
     DecoderCache,
+    Dropout,
     Linear,
     TransformerSeq2SeqModel,
     _Beam,
+    _ProjectedLoss,
+    attend,
     beam_search,
     count_flops,
     cross_attention_weights,
@@ -755,6 +758,157 @@ def test_attention_weights_are_a_distribution_over_the_source():
     assert (weights[:, source[:, None, None, :].expand(3, 4, 6, 9) == 0] == 0).all()
 
 
+# ---- work not done ----------------------------------------------------------------------------
+
+
+def padded_batch(lengths: list[tuple[int, int]], seed: int = 0):
+    """(input_ids, labels) of pairs of these lengths."""
+    rows = [
+        (random_ids(1, source, seed + i)[0], random_ids(1, target, seed - i - 1)[0])
+        for i, (source, target) in enumerate(lengths)
+    ]
+    return data.pad_batch(rows)
+
+
+def loss_and_gradients(model, input_ids, labels, smoothing=0.0, fused=True):
+    model.zero_grad()
+    if fused:
+        loss, tokens = model(input_ids, labels=labels, label_smoothing=smoothing)
+    else:
+        logits = model(input_ids, shift_right(labels))
+        loss, tokens = sequence_loss(logits, labels, 0, smoothing)
+    (loss / tokens).backward()
+    return loss, tokens, [parameter.grad.clone() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("pieces", [(2**26, 2**20), (50 * 7, 50 * 3)])
+def test_the_loss_without_pads_and_logits_is_the_plain_one(
+    kind, smoothing, pieces, monkeypatch
+):
+    """Value and gradients, tied and untied, in one piece and in many."""
+    monkeypatch.setattr(_ProjectedLoss, "PIECE", pieces[0])
+    monkeypatch.setattr(_ProjectedLoss, "ROWS_CPU", pieces[1])
+    batch = padded_batch([(3, 9), (12, 2), (7, 7), (1, 1)])
+    for tied in (True, False):
+        model = tiny_model(positional=kind, tie_embeddings=tied, dropout=0.0)
+        loss, tokens, gradients = loss_and_gradients(model, *batch, smoothing)
+        plain, count, expected = loss_and_gradients(model, *batch, smoothing, False)
+        assert tokens == count == 19
+        torch.testing.assert_close(loss, plain, rtol=1e-6, atol=0)
+        for name, a, b in zip(model.state_dict(), gradients, expected):
+            assert close(a, b, 5e-6), name
+
+
+def test_an_improbable_token_costs_what_it_should():
+    """Its probability is below what float32 holds, its loss is not."""
+    model = tiny_model(num_encoder_layers=1, num_decoder_layers=1)
+    hidden = torch.zeros(1, 32, requires_grad=True)
+    with torch.no_grad():
+        hidden[0, 0] = 1.0
+        model.output.weight.zero_()
+        model.output.weight[7, 0] = 200.0
+    loss = model.loss(hidden, torch.tensor([3]))
+    assert loss.item() == pytest.approx(200.0)
+    loss.backward()
+    assert hidden.grad[0, 0].item() == pytest.approx(200.0)
+
+
+def test_the_loss_in_bfloat16_is_near_that_in_float32():
+    model = tiny_model(dropout=0.0)
+    batch = padded_batch([(3, 9), (12, 2), (7, 7)])
+    exact, _, expected = loss_and_gradients(model, *batch, 0.1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, _, gradients = loss_and_gradients(model, *batch, 0.1)
+    assert loss.dtype == torch.float32 and abs(loss - exact) / exact < 1e-2
+    found, wanted = (torch.cat([g.flatten() for g in x]) for x in (gradients, expected))
+    assert (found - wanted).norm() / wanted.norm() < 3e-2
+
+
+def test_the_loss_never_holds_all_logits(monkeypatch):
+    """Every tensor made on the way is looked at, forward and backward."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    monkeypatch.setattr(_ProjectedLoss, "PIECE", 50 * 20)
+    monkeypatch.setattr(_ProjectedLoss, "ROWS_CPU", 50 * 4)
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            found = function(*args, **(kwargs or {}))
+            for tensor in found if isinstance(found, (tuple, list)) else [found]:
+                if isinstance(tensor, torch.Tensor) and 50 in tensor.shape:
+                    largest = max(largest, tensor.numel())
+            return found
+
+    model, hidden = tiny_model(), torch.randn(400, 32, requires_grad=True)
+    with Watch():
+        model.loss(hidden, torch.randint(1, 50, (400,)), 0.1).backward()
+    assert hidden.grad is not None
+    assert largest == max(50 * 20, 50 * 32), "a piece, or a matrix of the weights' size"
+
+
+def test_gradients_can_be_asked_for_twice_and_a_batch_of_nothing_has_some():
+    model = tiny_model(dropout=0.0)
+    loss, _ = model(*padded_batch([(3, 9), (5, 2)])[:1], labels=random_ids(2, 9))
+    weights = list(model.parameters())
+    first = torch.autograd.grad(loss, weights, retain_graph=True)
+    again = torch.autograd.grad(loss, weights)
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    loss, tokens = model(*data.pad_batch([])[:1], labels=data.pad_batch([])[1])
+    loss.backward()
+    assert loss == 0 == tokens
+    # All of them, or processes that share gradients would wait for each other.
+    assert all(p.grad is not None and not p.grad.any() for p in weights)
+
+
+def test_layers_see_tokens_and_no_pads():
+    """The rows that the feed-forward blocks are given are those of real tokens, and a batch without
+    pads needs no mask."""
+    model, seen = tiny_model(), []
+    for layer in (*model.encoder_layers, *model.decoder_layers):
+        layer.linear1.register_forward_pre_hook(lambda _, x: seen.append(len(x[0])))
+    model(
+        *padded_batch([(3, 9), (12, 2)])[:1], labels=padded_batch([(3, 9), (12, 2)])[1]
+    )
+    assert seen == [15, 15, 11, 11]
+    assert model.encode(random_ids(3, 5))[1].mask is None
+    assert model.encode(padded_batch([(3, 9), (12, 2)])[0])[1].mask is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_written_out_is_the_kernels(dtype):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(3, 2, n, 8, dtype=dtype) for n in (5, 7, 7))
+    boolean = torch.rand(3, 1, 1, 7) < 0.7
+    boolean[..., 0] = True
+    added = torch.zeros(3, 1, 1, 7).masked_fill(~boolean, -math.inf).to(dtype)
+    plain = torch.nn.functional.scaled_dot_product_attention
+    tolerance = 1e-6 if dtype == torch.float32 else 2e-2
+    for mask in (None, boolean, added):
+        expected = plain(query, key, value, mask)
+        assert close(attend(query, key, value, mask), expected, tolerance)
+    expected = plain(key, key, value, is_causal=True)
+    assert close(attend(key, key, value, None, True), expected, tolerance)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_dropout_drops_that_share_and_scales_the_rest(rate):
+    torch.manual_seed(0)
+    dropout, x = Dropout(rate), torch.ones(333, 333, requires_grad=True)
+    y = dropout(x)
+    assert abs((y == 0).float().mean() - rate) < 0.01
+    assert set(y.unique().tolist()) == {0.0, y.max().item()}
+    assert y.max().item() == pytest.approx(1 / (1 - rate), rel=1e-4)
+    y.sum().backward()
+    assert torch.equal(x.grad, y)
+    rows, columns = (y == 0).float().mean(dim=1), (y == 0).float().mean(dim=0)
+    assert max(rows.std(), columns.std()) < 1.3 * math.sqrt(rate * (1 - rate) / 333)
+    assert dropout.eval()(x) is x
+
+
 # ---- data -------------------------------------------------------------------------------------
 
 
@@ -1019,6 +1173,120 @@ def test_buckets_hold_little_padding_and_batches_are_trimmed(prepared):
     assert 1 - real / padded < 0.15
     shares = train.rows_with(prepared.tokenizer.eos_token_id)
     assert shares == (1.0, 1.0) and train.rows_with(2) == (0.0, 0.0)
+
+
+def real_lengths(count: int = 4000) -> tuple[np.ndarray, np.ndarray]:
+    """Lengths like those of sentences and their translations."""
+    random_state = np.random.default_rng(0)
+    source = np.clip(random_state.lognormal(2.5, 0.6, count), 2, 128).astype(int)
+    target = np.clip(source * random_state.normal(1.4, 0.25, count), 2, 128)
+    return source, target.astype(int)
+
+
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_a_token_budget_is_kept_and_leaves_few_pads(multiple):
+    lengths = real_lengths()
+
+    def epoch(seed: int, number: int, **more) -> list[list[int]]:
+        sampler = data.BucketBatchSampler(
+            *lengths, seed=seed, batch_tokens=2048, multiple=multiple, **more
+        )
+        sampler.set_epoch(number)
+        return list(sampler)
+
+    assert epoch(0, 1) == epoch(0, 1)
+    assert epoch(0, 1) != epoch(0, 2) and epoch(0, 1) != epoch(1, 1)
+    sizes = []
+    for batch in epoch(0, 3):
+        widest = max(side[batch].max() for side in lengths)
+        assert len(batch) * data.round_up(widest, multiple) <= 2048
+        sizes.append(len(batch) * widest)
+    everything, flat = list(range(len(lengths[0]))), itertools.chain.from_iterable
+    assert sorted(flat(epoch(0, 3))) == everything
+    assert np.median(sizes) > 1700, "batches are full"
+    # Equal work: what two processes compute with at a time is alike, and all of it is shared out.
+    ranks = [epoch(0, 3, rank=rank, world=2) for rank in range(2)]
+    assert sorted(flat(flat(ranks))) == everything
+    target = [[int(lengths[1][batch].sum()) for batch in rank] for rank in ranks]
+    apart = [abs(a - b) / max(a, b) for a, b in zip(*target) if a and b]
+    assert len(ranks[0]) == len(ranks[1]) and np.mean(apart) < 0.1
+    by_size = data.BucketBatchSampler(*lengths, batch_size=64).padding_share()
+    sampler = data.BucketBatchSampler(*lengths, batch_tokens=2048)
+    assert sampler.padding_share() < 0.16 < by_size
+
+
+def test_a_sentence_beyond_the_budget_is_a_batch_by_itself():
+    lengths = np.array([5, 300, 5, 6])
+    sampler = data.BucketBatchSampler(lengths, lengths, batch_tokens=16)
+    assert [1] in list(sampler) and len(sampler) == 3
+    assert sorted(itertools.chain.from_iterable(sampler)) == [0, 1, 2, 3]
+
+
+def test_widths_are_rounded_up(prepared):
+    loader = data.make_loader(prepared.train, None, batch_tokens=300, multiple=8)
+    real = padded = 0
+    for batch in loader:
+        for ids in batch:
+            longest = int(ids.ne(0).sum(dim=1).max())
+            assert ids.size(1) == 8 * math.ceil(longest / 8)
+            real, padded = real + ids.ne(0).sum().item(), padded + ids.numel()
+    assert loader.batch_sampler.padding_share() == pytest.approx(1 - real / padded)
+
+
+def test_prepared_data_is_kept_for_the_next_start(tmp_path, monkeypatch, capsys):
+    """The same data and settings are read back; whatever differs, or is damaged, is made anew."""
+    pairs = tmp_path / "pairs.tsv"
+    lines = [f"{source}\t{target}\n" for source, target in data.phrasebook(300)]
+    pairs.write_text("".join(lines), encoding="utf-8")
+    made, prepare = [], data.prepare
+
+    def count(*arguments):
+        made.append(arguments)
+        return prepare(*arguments)
+
+    monkeypatch.setattr(data, "prepare", count)
+    settings = {"dataset": (str(pairs),), "tokenizer": "train:320", "max_length": 40}
+    settings["cache"] = str(tmp_path / "cache")
+
+    def start(**changes) -> data.Data:
+        return run.prepare_data(run.TrainConfig(**settings | changes))
+
+    first, second = start(), start()
+    assert len(made) == 1
+    assert first.train.digest() == second.train.digest()
+    assert first.validation.digest() == second.validation.digest()
+    assert first.validation_text == second.validation_text
+    assert dict(first.dropped) == dict(second.dropped)
+    text = "Știința și țara."
+    assert data.encode_texts([text], first.tokenizer) == data.encode_texts(
+        [text], second.tokenizer
+    )
+    start(seed=1), start(max_length=39), start(tokenizer="train:321")
+    assert len(made) == 4
+    pairs.write_text("".join(lines[1:]), encoding="utf-8")
+    start()
+    assert len(made) == 5
+    start(cache="none"), start(cache="none")
+    assert len(made) == 7
+    for folder in (tmp_path / "cache").iterdir():
+        (folder / "train.safetensors").write_bytes(b"half a fi")
+    capsys.readouterr()
+    assert start().train.digest() and len(made) == 8
+    assert "is damaged and made anew" in capsys.readouterr().err
+    start()
+    assert len(made) == 8
+    (tmp_path / "file").write_text("in the way")
+    start(cache=str(tmp_path / "file" / "cache"))
+    assert "prepared data is not kept" in capsys.readouterr().err
+    assert not [path for path in tmp_path.rglob("model.*") if path.is_dir()]
+
+
+def test_a_tokenizer_that_cuts_and_pads_by_itself_is_told_not_to():
+    tokenizer = data.train_tokenizer([["some words to learn from"]], 300)
+    tokenizer.backend_tokenizer.enable_truncation(3)
+    tokenizer.backend_tokenizer.enable_padding(length=50)
+    (ids,) = data.encode_texts(["some words to learn from"], tokenizer)
+    assert data.decode_ids([ids], tokenizer, "en") == ["some words to learn from"]
 
 
 def test_window_tokens_cover_the_whole_window(prepared):
@@ -1898,7 +2166,7 @@ def test_without_a_compiler_training_goes_on(prepared, monkeypatch, capsys):
     model = tiny_model()
     run.compile_model(model)
     assert capsys.readouterr().err.count("\n") == 1
-    assert model._compiled_call_impl is None
+    assert all(part._compiled_call_impl is None for part in model.modules())
     arguments = ("--compile", "--loop", "lightning")
     assert main("train", *arguments) == 2
     assert "--loop raw" in capsys.readouterr().err
@@ -2113,6 +2381,85 @@ def test_costs_are_itemised_and_drawn(tmp_path, capsys):
         row["more_ms"]["whole"][2] += 10
     run.print_bench(report)
     assert "too noisy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["buckets", "longest", "fixed"])
+def test_bench_train_counts_real_tokens(prepared, kind):
+    batches, lengths = run.trainee_batches(prepared.train, kind, 600, 3, 1)
+    real = sum(ids.ne(0).sum().item() for batch in batches for ids in batch)
+    assert len(batches) == 3 and real == sum(map(sum, lengths))
+    if kind == "fixed":
+        assert all(ids.shape == (12, 50) for batch in batches for ids in batch)
+    model = run.model_config("demo", 400)
+    answers = [{"seconds": s, "memory": None, "graphs": 0} for s in (4.0, 2.0, 2.0)]
+    row = run.describe_trainee("it", answers, batches, lengths, model, 1e9)
+    flops = 3 * sum(count_flops(model, *pair) for pair in lengths)
+    assert row["tokens_per_second"] == round(real / 2, 1)
+    assert row["mfu"] == round(flops / 2 / 1e9, 4)
+    padded = sum(ids.numel() for batch in batches for ids in batch)
+    assert row["padding_share"] == round(1 - real / padded, 4)
+
+
+def test_all_trainees_learn_the_same_task(prepared):
+    """Each brings the loss down on one batch, and those with a correct loss start where ours does."""
+    model_config = dataclasses.replace(run.model_config("demo", 400), dropout=0.0)
+    (batch,), _ = run.trainee_batches(prepared.train, "longest", 300, 1, 1)
+    losses = {}
+    for name in ("ours", "tutorial", "torch", "marian", "x"):
+        torch.manual_seed(0)
+        build = run.TRAINEES[name].build
+        try:
+            model = (
+                build(**dataclasses.asdict(model_config))
+                if build is run.Ours
+                else build(model_config)
+            )
+        except ImportError:
+            continue
+        run.same_scale(model, 128)
+        optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+        losses[name] = []
+        for _ in range(6):
+            optimizer.zero_grad()
+            loss = model(*batch)
+            loss.backward()
+            optimizer.step()
+            losses[name].append(loss.item())
+        assert losses[name][-1] < losses[name][0] - 0.3, name
+    # Post-LN, Marian starts elsewhere, but not far away.
+    for name, far in {"torch": 0.4, "marian": 1.0}.items():
+        assert abs(losses[name][0] - losses["ours"][0]) < far, losses
+
+
+@pytest.mark.parametrize("peers", [True, False])
+def test_bench_train_prints_its_table(tmp_path, monkeypatch, capsys, peers):
+    monkeypatch.setattr(
+        run, "TRAINEES", {k: run.TRAINEES[k] for k in ("ours", "torch")}
+    )
+    if not peers:
+        growth = run.growth_cases
+
+        def fewer(*arguments) -> dict:
+            cases = growth(*arguments)
+            return {n: cases[n] for n in ("budget 200", "length 8", "size demo")}
+
+        monkeypatch.setattr(run, "growth_cases", fewer)
+    report, picture = tmp_path / "train.json", tmp_path / "cost.png"
+    more = ("--size", "demo", "--tokenizer", "train:320", "--batch-tokens", 200)
+    more += ("--turns", 3, "--steps", 2, "--json", report, "--picture", picture)
+    more += ("--device", "cpu", *(["--peers"] if peers else []))
+    assert main("bench", "train", *more) == 0
+    output = capsys.readouterr().out
+    rows = json.loads(report.read_text())["rows"]
+    if peers:
+        assert set(rows) == {"ours", "torch"}
+        assert rows["ours"]["ours_is_faster"] == [1.0, 1.0, 1.0]
+        assert "nn.Transformer" in output and not picture.exists()
+    else:
+        assert set(rows) == {"budget 200", "length 8", "size demo"}
+        assert rows["length 8"]["padding_share"] == 0.0
+        assert picture.stat().st_size > 10_000
+    assert all(row["tokens_per_second"] > 0 for row in rows.values())
 
 
 def test_bench_writes_a_trace_of_ten_steps(tmp_path, monkeypatch, capsys):
