@@ -945,6 +945,12 @@ def compile_model(model: nn.Module) -> bool:
     return True
 
 
+def count_graphs() -> int:
+    """How many graphs torch.compile has made in this process."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
+
+
 @torch.no_grad()
 def validate(model: nn.Module, loader, in_precision) -> float:
     """Loss in nats per token over a loader, without dropout or smoothing."""
@@ -3558,12 +3564,6 @@ def serve_trainee(
         )
 
 
-def count_graphs() -> int:
-    """How many graphs torch.compile has made in this process."""
-    dynamo = sys.modules.get("torch._dynamo.utils")
-    return dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
-
-
 def trainee_batches(
     dataset: data.PairDataset, kind: str, budget: int, steps: int, multiple: int
 ) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[int, int]]]:
@@ -3897,6 +3897,8 @@ def train(config: TrainConfig) -> int:
             if config.compile:
                 compile_model(model)
             train_raw(model, *loaders, config, progress)
+            if graphs := count_graphs():
+                say("compiled", f"{graphs} graphs, whatever the shapes of the batches")
         else:
             record = start_modlee(config, prepared)
             base = modlee_base() if record else import_lightning().LightningModule
