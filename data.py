@@ -725,9 +725,8 @@ class BucketBatchSampler(Sampler[list[int]]):
 
     With `batch_tokens`, every batch is as many rows as fit: rows x the longest source and rows x the
     longest target are at most that, each rounded up to a `multiple` (a longer row makes a batch by
-    itself). Rows are shuffled, sorted by target length into strata and by
-    source length in each, so that neither side holds many pads; cut into batches; and the batches
-    shuffled. With `batch_size`, every batch has so many rows, sorted inside pools of `POOL` batches.
+    itself). Rows are shuffled, sorted by target length into strata and by source length in each, so
+    that neither side holds many pads; cut into batches; and the batches shuffled. With `batch_size`, every batch has so many rows, sorted inside pools of `POOL` batches.
     `shuffle=False` sorts everything: the least padding, always the same order.
 
     Of `world` processes, each takes every world-th batch, from its `rank` on. All take equally many:

@@ -499,6 +499,7 @@ from torch import Tensor, nn
 import data
 from data import InputError
 from seq2seq import (
+    VOCAB_MULTIPLE,
     Hypothesis,
     Seq2SeqConfig,
     TransformerSeq2SeqModel,
@@ -3299,9 +3300,6 @@ def draw_bench(path: Path, report: dict, middle: str) -> None:
     write_file(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
 
 
-# ---- commands ---------------------------------------------------------------------------------
-
-
 # ---- bench train: training throughput -----------------------------------------------------------
 
 MODEL_SIZES = {"demo": {}, "wide": WIDE, "tutorial": TUTORIAL, "widest": WIDEST}
@@ -3315,6 +3313,18 @@ def sinusoids(x: Tensor) -> Tensor:
     return sinusoidal_positional_encoding(x.size(1), x.size(2)).to(x)
 
 
+def torch_layers(config: Seq2SeqConfig, **more) -> nn.Transformer:
+    return nn.Transformer(
+        config.d_model,
+        config.nhead,
+        config.num_encoder_layers,
+        config.num_decoder_layers,
+        config.dim_feedforward,
+        batch_first=True,
+        **more,
+    )
+
+
 class TorchTransformer(nn.Module):
     """`nn.Transformer` with what it needs to translate: embeddings, positions, masks, tied output."""
 
@@ -3322,19 +3332,10 @@ class TorchTransformer(nn.Module):
         super().__init__()
         self.scale, self.pad_id = math.sqrt(config.d_model), config.pad_id
         self.vocab_size = config.vocab_size
-        rows = math.ceil(config.vocab_size / 64) * 64
+        rows = data.round_up(config.vocab_size, VOCAB_MULTIPLE)
         self.embedding = nn.Embedding(rows, config.d_model, config.pad_id)
         self.dropout = nn.Dropout(config.dropout)
-        self.transformer = nn.Transformer(
-            config.d_model,
-            config.nhead,
-            config.num_encoder_layers,
-            config.num_decoder_layers,
-            config.dim_feedforward,
-            config.dropout,
-            batch_first=True,
-            norm_first=True,
-        )
+        self.transformer = torch_layers(config, dropout=config.dropout, norm_first=True)
 
     def embed(self, ids: Tensor) -> Tensor:
         x = self.embedding(ids) * self.scale  # [B, T, D]
@@ -3368,14 +3369,7 @@ class TutorialTransformer(nn.Module):
     def __init__(self, config: Seq2SeqConfig):
         super().__init__()
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.transformer = nn.Transformer(
-            config.d_model,
-            config.nhead,
-            config.num_encoder_layers,
-            config.num_decoder_layers,
-            config.dim_feedforward,
-            batch_first=True,
-        )
+        self.transformer = torch_layers(config)
         self.output = nn.Linear(config.d_model, config.vocab_size)
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -3395,7 +3389,7 @@ class Marian(nn.Module):
         super().__init__()
         from transformers import MarianConfig, MarianMTModel
 
-        rows = math.ceil(config.vocab_size / 64) * 64
+        rows = data.round_up(config.vocab_size, VOCAB_MULTIPLE)
         settings = MarianConfig(
             vocab_size=rows,
             d_model=config.d_model,
@@ -3446,7 +3440,7 @@ class XTransformer(nn.Module):
             ("dec", config.num_decoder_layers),
         ):
             sides |= {
-                f"{side}_num_tokens": math.ceil(config.vocab_size / 64) * 64,
+                f"{side}_num_tokens": data.round_up(config.vocab_size, VOCAB_MULTIPLE),
                 f"{side}_depth": layers,
                 f"{side}_heads": config.nhead,
                 f"{side}_attn_dim_head": config.d_model // config.nhead,
@@ -3832,6 +3826,9 @@ def draw_growth(path: Path, report: dict) -> None:
         fontsize=10,
     )
     write_file(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))
+
+
+# ---- commands ---------------------------------------------------------------------------------
 
 
 def say(topic: str, text: str) -> None:
