@@ -757,9 +757,9 @@ class _ProjectedLoss(torch.autograd.Function):
         logits = x.new_empty(size, vocab_size)
         work = x.new_empty(rows, vocab_size, dtype=torch.float32)
         losses = x.new_empty(len(x), 1, dtype=torch.float32)
+        grad_x = grad_w = grad_before = None
         if learns:
-            grad_x, grad_w = torch.empty_like(x), torch.zeros_like(weight)
-            grad_piece = torch.empty_like(w)
+            grad_x, grad_w = torch.empty_like(x), torch.empty_like(w)
         with torch.autocast(x.device.type, enabled=False):
             for start in range(0, len(x), size):
                 piece = slice(start, start + size)
@@ -772,19 +772,27 @@ class _ProjectedLoss(torch.autograd.Function):
                 ):
                     _cross_entropy(few, wanted, loss, smoothing, work)
                 if learns:  # the logits have become their gradient
+                    if start:
+                        # Not added as it is: a CPU is slow with two dtypes at once.
+                        before = grad_w.to(torch.float32, copy=True)
+                        grad_before = before if start == size else grad_before + before
                     torch.mm(part, w, out=grad_x[piece])
-                    torch.mm(part.t(), x[piece], out=grad_piece)
-                    # Not added as it is: a CPU is slow with two dtypes in one operation.
-                    grad_w[:vocab_size] += grad_piece.float()
-        if learns:
-            ctx.save_for_backward(grad_x, grad_w)
+                    torch.mm(part.t(), x[piece], out=grad_w)
+        ctx.rows = len(weight)
+        ctx.save_for_backward(grad_x, grad_w, grad_before)
         return losses.sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
-        grad_x, grad_w = ctx.saved_tensors
-        return grad_x * grad, grad_w * grad, *[None] * 4
+        grad_x, grad_w, grad_before = ctx.saved_tensors
+        vocab_size = len(grad_w)
+        full = grad.new_empty(ctx.rows, grad_w.size(1))
+        full[vocab_size:] = 0  # the rows that only fill up the matrix
+        full[:vocab_size] = grad_w
+        if grad_before is not None:
+            full[:vocab_size] += grad_before
+        return grad_x * grad, full.mul_(grad), *[None] * 4
 
 
 def _cross_entropy(
