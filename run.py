@@ -3633,7 +3633,6 @@ def bench_train(config: BenchTrainConfig) -> int:
     prepared = prepare_data(settings)
     multiple = 8 if device.type == "cuda" else 1
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    peak = machine_rates(device, dtype)[0]
     if config.peers:
         cases = peer_cases(config, prepared, budget, multiple)
     else:
@@ -3653,9 +3652,11 @@ def bench_train(config: BenchTrainConfig) -> int:
     else:
         groups = [[name] for name in cases]
     found, left_out = {name: [] for name in cases}, {}
+    peak = 0.0  # the best that the machine did at any time, or a slow moment would flatter all
     total = (config.turns + 1) * sum(map(len, groups))
     with tqdm(desc="bench train", total=total, unit="turn", disable=None) as bar:
         for group in groups:
+            peak = max(peak, machine_rates(device, dtype)[0])
             with serving(serve_trainee, {name: jobs[name] for name in group}) as serve:
                 for name in group:
                     if reason := serve[name]():
@@ -3794,6 +3795,7 @@ def print_bench_train(report: dict) -> None:
 def draw_growth(path: Path, report: dict) -> None:
     """Tokens per second and memory over budget, length and size."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure = Figure(figsize=(10, 5.2), layout="constrained")
     titles = {
@@ -3811,13 +3813,26 @@ def draw_growth(path: Path, report: dict) -> None:
         x = list(found)
         speeds = [row["tokens_per_second"] for row in found.values()]
         memory = [row["memory_mib"] or math.nan for row in found.values()]
-        axes[0][column].plot(x, speeds, marker="o", color="#1f5a96")
+        turns = [np.array(row["turn_seconds"]) for row in found.values()]
+        # The fastest and the slowest turn, beside the median.
+        fastest = [np.median(turn) / turn.min() - 1 for turn in turns] * np.array(
+            speeds
+        )
+        slowest = [1 - np.median(turn) / turn.max() for turn in turns] * np.array(
+            speeds
+        )
+        axes[0][column].errorbar(
+            x, speeds, (slowest, fastest), marker="o", capsize=3, color="#1f5a96"
+        )
         axes[1][column].plot(x, memory, marker="o", color="#b3541e")
         axes[1][column].set_xlabel(title)
         for axis in axes[:, column]:
-            axis.grid(alpha=0.3)
+            axis.grid(alpha=0.3, which="both")
             axis.spines[["top", "right"]].set_visible(False)
             axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter("{x:,.0f}")
+            axis.yaxis.set_minor_formatter(NullFormatter())
     axes[0][0].set_ylabel("real tokens per second")
     axes[1][0].set_ylabel("peak memory, MiB")
     figure.suptitle(
