@@ -2173,7 +2173,8 @@ def test_without_a_compiler_training_goes_on(prepared, monkeypatch, capsys):
 
 
 def test_a_compiled_model_has_the_same_loss_and_gradients(prepared):
-    """For batches of several shapes, of which none but the first is compiled for."""
+    """For batches of several shapes, which share the graphs: one for each kind of layer, another
+    where a batch has no pads."""
     model, compiled = (
         tiny_model(
             vocab_size=len(prepared.tokenizer),
@@ -2185,6 +2186,7 @@ def test_a_compiled_model_has_the_same_loss_and_gradients(prepared):
     )
     if not run.compile_model(compiled):
         pytest.skip("nothing can compile here")
+    before = run.count_graphs()
     for count in (3, 5, 7):
         batch = data.pad_batch([prepared.train[row] for row in range(count)])
         losses = []
@@ -2196,6 +2198,7 @@ def test_a_compiled_model_has_the_same_loss_and_gradients(prepared):
         assert close(*losses, 1e-5)
         for ours, theirs in zip(model.parameters(), compiled.parameters()):
             assert close(ours.grad, theirs.grad, 1e-4)
+    assert 0 < run.count_graphs() - before <= 4
 
 
 def test_the_schedule_rises_and_ends_near_zero():
