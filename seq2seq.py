@@ -759,7 +759,8 @@ class _ProjectedLoss(torch.autograd.Function):
         losses = x.new_empty(len(x), 1, dtype=torch.float32)
         grad_x = grad_w = grad_before = None
         if learns:
-            grad_x, grad_w = torch.empty_like(x), torch.empty_like(w)
+            grad_x = torch.empty_like(x)
+            grad_w = torch.empty_like(w) if len(x) else torch.zeros_like(w)
         with torch.autocast(x.device.type, enabled=False):
             for start in range(0, len(x), size):
                 piece = slice(start, start + size)
