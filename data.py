@@ -198,7 +198,7 @@ def _parquet_rows(path: Path, languages: tuple[str, str]) -> Iterator[tuple[str,
                 for record in batch.to_pylist():
                     yield _record_pair(record, languages, str(path))
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        reason = str(error)[:80]
+        reason = " ".join(str(error).split())[:80]
         raise InputError(f"{path}: no readable parquet file ({reason})") from None
 
 
@@ -380,7 +380,10 @@ def load_tokenizer(name: str):
     try:
         with warnings.catch_warnings():  # 4.41 warns of what the newest hub deprecates
             warnings.simplefilter("ignore", FutureWarning)
-            tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=not online)
+            # Said, and not left out: asked for code, it would wait for an answer on stdin.
+            tokenizer = AutoTokenizer.from_pretrained(
+                name, local_files_only=not online, trust_remote_code=False
+            )
     except Exception as error:  # noqa: BLE001 - of many kinds, others in every version
         reason = "it is not cached here and the hub cannot be reached"
         if online:

@@ -5,7 +5,7 @@
     python run.py --dataset pairs.tsv --tokenizer train:8000 --max-epochs 10
     python run.py --loop raw                         the hand-written loop over the same model
     python run.py --resume runs/NAME.checkpoints     a run that was stopped or killed goes on
-    torchrun --nproc_per_node 2 run.py --loop raw    on two devices
+    python run.py --devices 2                        on two devices; or by torchrun
     python run.py translate --model DIR              lines on stdin -> lines on stdout
     python run.py evaluate --model DIR --dataset pairs.tsv
     python run.py export --model DIR --to hf OUT     the same model for transformers and CTranslate2
@@ -34,7 +34,9 @@ import math
 import pickle
 import sys
 import time
+import traceback
 import typing
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import MISSING, dataclass, field
 from datetime import datetime
@@ -97,6 +99,12 @@ class TrainConfig:
     loop: str = option(
         "lightning", "who drives the training", choices=("lightning", "raw")
     )
+    devices: int = option(1, "processes that train together, each on a device")
+    strategy: str = option(
+        "ddp",
+        "of several: every one holds the model, or (Lightning alone) a part of it",
+        choices=("ddp", "fsdp"),
+    )
     max_epochs: int = option(2, "passes over the training pairs")
     batch_size: int = option(64, "pairs in a batch")
     batch_tokens: int | None = option(
@@ -133,10 +141,15 @@ class TrainConfig:
         None, "continue the run that left this folder of checkpoints"
     )
     resume_anyway: bool = option(False, "resume with settings that differ")
+    on_oom: str = option(
+        "stop",
+        "a batch for which memory does not suffice ends the run, or is left out",
+        choices=("stop", "skip"),
+    )
 
     def __post_init__(self) -> None:
         counts = "max_length max_epochs batch_size batch_tokens accumulate num_samples"
-        check_counts(self, *counts.split())
+        check_counts(self, *counts.split(), "devices")
         self.checkpoint_interval()
         if self.output == "":
             raise ValueError("--output needs a name")
@@ -460,6 +473,7 @@ MAY_CHANGE = {
     "push",
     "mlruns",
     "cache",
+    "on_oom",
 }
 
 
@@ -650,33 +664,43 @@ def add_up(*values: float) -> list[float]:
     return total.tolist()
 
 
-class Diverged(Exception):
-    """The loss is no number any more, nor are the weights."""
+class Failed(Exception):
+    """Training cannot go on. The message is one line and says what to do next."""
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Every device says it in words of its own; only CUDA's error has a class."""
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return any(word in str(error) for word in words)
 
 
 class Progress:
     """Where training stands, the loss curves, and the wish to stop. Both loops report to it.
 
     Losses stay on the device until a point of the curve is due, so that a step never waits. That is
-    also when a loss that is no number comes to light: `Diverged`, unless `overflows` says that the
+    also when a loss that is no number comes to light: `Failed`, unless `overflows` says that the
     gradient scaler of fp16 skips such steps.
 
     Attributes: step: optimizer steps done. epoch, batch: the batch to read next, from 0. train,
     validation: lists of (optimizer step, loss in nats per token). epoch_loss: mean training loss
     over the tokens of the last epoch, finished or not. seconds: spent in steps and validation.
+    left_out: batches for which memory did not suffice.
     """
 
     SAVED = ("step", "epoch", "batch", "train", "validation", "seconds")
-    SAVED += ("epoch_loss", "epoch_sums", "sums")
+    SAVED += ("epoch_loss", "epoch_sums", "sums", "left_out")
 
     def __init__(
         self,
         overflows: bool = False,
         save: Callable[[dict], Path] | None = None,
         every: tuple[float, float] = (math.inf, math.inf),
+        on_oom: str = "stop",
     ) -> None:
-        """save: writes a checkpoint and returns its path; called every so many (steps, seconds)."""
+        """save: writes a checkpoint and returns its path; called every so many (steps, seconds).
+        on_oom: a batch for which memory does not suffice may "stop" the run or be "skip"ped."""
         self.overflows, self._save, self._every = overflows, save, every
+        self.on_oom, self.left_out = on_oom, 0
         self.step = self.epoch = self.batch = 0
         self.train: list[tuple[int, float]] = []
         self.validation: list[tuple[int, float]] = []
@@ -688,7 +712,7 @@ class Progress:
         self._pending: list[tuple[Tensor, int, int, np.ndarray]] = []
         self._batches = 0
         self._due = False
-        self._signal = 0
+        self._signal, self._handler = 0, None
         self._signals = 0  # of all processes, as of the last point
         self._started = self._saved = 0.0
         self._parts: dict = {}
@@ -707,6 +731,10 @@ class Progress:
         self._parts = parts
         for name in parts.keys() & self._loaded.keys():
             parts[name].load_state_dict(self._loaded.pop(name))
+        if (
+            self._handler
+        ):  # once more: Lightning has put one before it that ends at once
+            signal.signal(signal.SIGTERM, self._handler)
         self._saved = time.perf_counter()
         self._started = self._saved - self.seconds
 
@@ -714,7 +742,34 @@ class Progress:
         """Batch number `index` was done; `loss_sum` [] may still be on its way."""
         rows, tokens = sampler.rows(index), sampler.target_tokens(index)
         self._pending.append((loss_sum.detach(), tokens, self.step + 1, rows))
+        self._reach(sampler, index)
+
+    def _reach(self, sampler, index: int) -> None:
         self.epoch, self.batch, self._batches = sampler.epoch, index + 1, len(sampler)
+
+    def leave_out(
+        self, error: RuntimeError, model: nn.Module, batch, sampler, index: int
+    ) -> None:
+        """Batch number `index` has failed. Where memory was the reason, and such batches may be
+        skipped, what its window has gathered so far is dropped; else this raises."""
+        if not is_out_of_memory(error):
+            raise error
+        shapes = " and ".join(str(list(ids.shape)) for ids in batch)
+        what = f"out of memory at step {self.step + 1}, with a batch of {shapes} tokens"
+        if self.on_oom != "skip":
+            raise Failed(
+                f"{what}; lower --batch-size or --batch-tokens (and raise --accumulate), "
+                "or leave such batches out: --on-oom skip"
+            ) from None
+        print(f"\nnote: {what}: it is left out", file=sys.stderr)
+        self.left_out += 1
+        self._reach(sampler, index)
+        traceback.clear_frames(error.__traceback__)  # which hold the batch's tensors
+        for parameter in model.parameters():
+            # None lets the optimizer leave the step out, but fp16's scaler needs some gradient.
+            parameter.grad = torch.zeros_like(parameter) if self.overflows else None
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
 
     def end_step(self) -> float | None:
         """An optimizer step was done. Returns the loss since the last point where one is due."""
@@ -728,7 +783,7 @@ class Progress:
         return point
 
     def save(self) -> None:
-        """Write a checkpoint, if checkpoints are wanted. Raises Diverged rather than a bad one."""
+        """Write a checkpoint, if checkpoints are wanted. Raises Failed rather than a bad one."""
         self._due = False
         self._saved = time.perf_counter()
         if self._save is None:
@@ -756,9 +811,10 @@ class Progress:
                 raise self._diverged(f"{what}; {describe_rows(rows)}")
         self._pending.clear()
 
-    def _diverged(self, what: str) -> Diverged:
+    def _diverged(self, what: str) -> Failed:
         last = self.checkpoint or "none was written"
-        return Diverged(f"{what}; last good checkpoint: {last}")
+        advice = "try a lower --learning-rate"
+        return Failed(f"{what}; last good checkpoint: {last}; {advice}")
 
     def flush(self) -> float | None:
         """Make a point of all batches since the last one; returns its loss."""
@@ -819,9 +875,11 @@ class Progress:
             self._signal = number
 
         previous = [signal.signal(number, handle) for number in STOP_SIGNALS]
+        self._handler = handle
         try:
             yield
         finally:
+            self._handler = None
             for number, handler in zip(STOP_SIGNALS, previous):
                 signal.signal(number, handler)
 
@@ -885,13 +943,17 @@ def train_raw(
             # Processes exchange gradients once per step, not once per batch.
             alone = network is model or ends_window
             with contextlib.nullcontext() if alone else network.no_sync():
-                with in_precision:
-                    loss_sum, _ = batch_loss(
-                        network, batch, pad_id, config.label_smoothing
-                    )
-                loss = step_share(loss_sum, sampler, index, accumulate)
-                scaler.scale(loss / accumulate).backward()
-            progress.add(loss_sum, sampler, index)
+                try:
+                    with in_precision:
+                        loss_sum, _ = batch_loss(
+                            network, batch, pad_id, config.label_smoothing
+                        )
+                    progress.add(loss_sum, sampler, index)
+                    loss = step_share(loss_sum, sampler, index, accumulate)
+                    scaler.scale(loss / accumulate).backward()
+                except RuntimeError as error:
+                    loss_sum = loss = None  # or their graph would live on
+                    progress.leave_out(error, model, batch, sampler, index)
             bar.update()
             if not ends_window:
                 continue
@@ -1006,7 +1068,20 @@ def adapter_class(base: type) -> type:
             """What training needs and rebuilding does not."""
             self.run_config, self.progress = config, progress
             self.after_callbacks = None  # called once every callback has had its start
+            self.whole = (
+                None  # where processes hold a part each: the weights at the end
+            )
+            self._names = [name for name, _ in self.model.named_parameters()]
             self._validation = []
+
+        def configure_model(self) -> None:
+            if self.run_config.strategy == "fsdp":
+                from torch.distributed.fsdp.wrap import wrap
+
+                # By hand, because Lightning would look for a GPU.
+                self.model = wrap(
+                    self.model, device_id=self.trainer.strategy.root_device
+                )
 
         def configure_optimizers(self):
             config = self.run_config
@@ -1023,14 +1098,23 @@ def adapter_class(base: type) -> type:
             scaler = getattr(self.trainer.precision_plugin, "scaler", None)
             if scaler is not None and optimizer.param_groups[0].get("fused"):
                 scaler.unscale_(optimizer)
-            clip_gradients(self.model, self.run_config)
+            if self.run_config.strategy != "fsdp":
+                clip_gradients(self.model, self.run_config)
+            elif self.run_config.clip_norm > 0:  # a process knows its part of the norm
+                self.model.clip_grad_norm_(self.run_config.clip_norm)
 
         def on_train_start(self) -> None:
             if self.after_callbacks:
                 self.after_callbacks()
+            model, optimizer = self.model, self.trainer.optimizers[0]
+            if self.run_config.strategy == "fsdp":
+                model, optimizer = (
+                    Sharded(self.model, self._names, of) for of in (None, optimizer)
+                )
+            self._whole_model = model
             parts = {
-                "model": self.model,
-                "optimizer": self.trainer.optimizers[0],
+                "model": model,
+                "optimizer": optimizer,
                 "schedule": self.trainer.lr_scheduler_configs[0].scheduler,
             }
             scaler = getattr(self.trainer.precision_plugin, "scaler", None)
@@ -1043,10 +1127,23 @@ def adapter_class(base: type) -> type:
             )
             if batch_idx % config.accumulate == 0:
                 seed_step(config.seed, self.progress.step, sampler.rank)
+            self._batch = batch, sampler, batch_idx
             pad_id = self.model.config.pad_id
-            loss_sum, _ = batch_loss(self.model, batch, pad_id, config.label_smoothing)
+            try:
+                loss_sum, _ = batch_loss(
+                    self.model, batch, pad_id, config.label_smoothing
+                )
+            except RuntimeError as error:
+                self.progress.leave_out(error, self.model, *self._batch)
+                return None
             self.progress.add(loss_sum, sampler, batch_idx)
             return step_share(loss_sum, sampler, batch_idx, config.accumulate)
+
+        def backward(self, loss, *args, **kwargs) -> None:
+            try:
+                super().backward(loss, *args, **kwargs)
+            except RuntimeError as error:
+                self.progress.leave_out(error, self.model, *self._batch)
 
         def on_train_batch_end(self, outputs, batch, batch_idx) -> None:
             if self.progress.step == self.global_step:
@@ -1057,6 +1154,12 @@ def adapter_class(base: type) -> type:
                 self.trainer.should_stop = True
                 self.trainer.limit_val_batches = 0  # it would validate before it stops
 
+        def on_train_end(self) -> None:
+            if self.run_config.strategy == "fsdp":
+                self.whole = self._whole_model.state_dict()
+            if self.progress.stop:
+                self.progress.save()
+
         def validation_step(self, batch, batch_idx) -> None:
             self._validation.append(
                 batch_loss(self.model, batch, self.model.config.pad_id)
@@ -1065,10 +1168,68 @@ def adapter_class(base: type) -> type:
         def on_validation_epoch_end(self) -> None:
             loss = mean_loss(self._validation)
             self._validation.clear()
-            self.log("val_loss", loss, prog_bar=True)
+            # It is the mean over all processes already.
+            self.log("val_loss", loss, prog_bar=True, rank_zero_only=True)
             self.progress.end_epoch(loss)
 
     return TextToTextAdapter
+
+
+class Sharded:
+    """A model of which every process holds a part (FSDP), or its optimizer, as one process would
+    save and load it. Only the first process gets to see the whole."""
+
+    def __init__(self, root: nn.Module, names: list[str], optimizer=None):
+        """root: the wrapped model. names: its parameters, in the order of the plain one."""
+        from torch.distributed.checkpoint import state_dict
+
+        self._api, self._root, self._names = state_dict, root, names
+        self._optimizer = optimizer
+        on_cpu = next(root.parameters()).device.type == "cpu"  # torch would crash there
+        self._options = state_dict.StateDictOptions(
+            full_state_dict=True, cpu_offload=not on_cpu
+        )
+
+    @property
+    def state(self) -> dict:
+        return self._optimizer.state
+
+    def state_dict(self) -> dict:
+        if self._optimizer is None:
+            return self._api.get_model_state_dict(self._root, options=self._options)
+        whole = self._api.get_optimizer_state_dict(
+            self._root, self._optimizer, options=self._options
+        )
+        if not whole["state"]:
+            return whole
+        numbers = {name: number for number, name in enumerate(self._names)}
+        state = {numbers[name]: part for name, part in whole["state"].items()}
+        (group,) = whole["param_groups"]
+        return {
+            "state": state,
+            "param_groups": [group | {"params": list(numbers.values())}],
+        }
+
+    def load_state_dict(self, whole: dict) -> None:
+        """Of the optimizer; the model was loaded before it was taken apart."""
+        (group,) = whole["param_groups"]
+        state = {self._names[number]: part for number, part in whole["state"].items()}
+        self._api.set_optimizer_state_dict(
+            self._root,
+            self._optimizer,
+            {"state": state, "param_groups": [group | {"params": self._names}]},
+            options=self._api.StateDictOptions(full_state_dict=True),
+        )
+
+
+def fsdp_strategy():
+    """Lightning's FSDP, in which every process holds a part of the weights, gradients and moments."""
+    from lightning.pytorch.strategies import FSDPStrategy
+
+    class OnAnyDevice(FSDPStrategy):
+        """A class of its own, because Lightning refuses that one on a CPU."""
+
+    return OnAnyDevice()
 
 
 def continue_from(progress: Progress, trainer) -> None:
@@ -1116,9 +1277,12 @@ def train_lightning(
     for name in ("lightning.pytorch", "pytorch_lightning"):  # it logs under either
         logging.getLogger(name).setLevel(logging.WARNING)
     bar = TQDMProgressBar(refresh_rate=10)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", config.devices))
     settings = {
         "accelerator": "gpu" if device.type == "cuda" else device.type,
-        "devices": 1,
+        "devices": here,
+        "num_nodes": config.devices // here,
+        "strategy": "ddp" if config.devices > 1 else "auto",
         "precision": LIGHTNING_PRECISION[config.precision],
         "max_epochs": config.max_epochs,
         "accumulate_grad_batches": config.accumulate,
@@ -1129,6 +1293,8 @@ def train_lightning(
         "num_sanity_val_steps": 0,
         "use_distributed_sampler": False,  # the batch sampler is already ours
     }
+    if config.strategy == "fsdp":
+        settings["strategy"] = fsdp_strategy()
     trainer = Trainer(**(settings | changes))
     if adapter.progress.step:
         continue_from(adapter.progress, trainer)
@@ -1143,7 +1309,7 @@ def train_lightning(
         warnings.filterwarnings("ignore", ".*lr_scheduler.step.*optimizer.step.*")
         try:
             trainer.fit(adapter, train_loader, validation_loader)
-        except Diverged:
+        except Failed:
             for name in ("train_progress_bar", "val_progress_bar"):
                 with contextlib.suppress(TypeError):  # where there is none
                     getattr(bar, name).close()  # or it would wipe the message away
@@ -1466,6 +1632,10 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        if os.name == "posix":  # the new name must outlast a loss of power as well
+            entry = os.open(path.parent, os.O_RDONLY)
+            os.fsync(entry)
+            os.close(entry)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -1529,7 +1699,7 @@ def checkpoint_folder(config: TrainConfig) -> Path:
     if config.resume is not None:
         return Path(config.resume).expanduser()
     folder = Path(f"{config.output}.checkpoints")
-    if folder.exists():
+    if any(folder.glob("step-*.pt")):
         raise InputError(
             f"{folder} is of an unfinished run: give --resume {folder}, or delete it"
         )
@@ -1544,9 +1714,18 @@ def write_checkpoint(
     if rank > 0:
         return path
     folder.mkdir(parents=True, exist_ok=True)
+    for left_over in folder.glob(".[0-9]*"):  # of a process that was killed in a write
+        left_over.unlink()
     content = {"settings": dataclasses.asdict(config), "data": digest}
-    write_json(folder / "settings.json", content)
-    write_file(path, partial(torch.save, state))
+    try:
+        write_json(folder / "settings.json", content)
+        write_file(path, partial(torch.save, state))
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch's writer
+        reason = str(error).strip().splitlines()[0][:200]
+        last = max(folder.glob("step-*.pt"), default=None)
+        then = f"{last} is intact: make room, then --resume {folder}"
+        then = then if last else "there is none before it"
+        raise Failed(f"cannot write {path}: {reason}; {then}") from None
     for old in sorted(folder.glob("step-*.pt"))[:-2]:
         old.unlink()
     return path
@@ -1558,6 +1737,9 @@ def read_checkpoint(folder: Path, digest: str) -> dict:
         raise InputError(f"the training pairs are not those of {folder}")
     for path in sorted(folder.glob("step-*.pt"), reverse=True):
         try:
+            with zipfile.ZipFile(path) as archive:  # torch does not compare checksums
+                if damaged := archive.testzip():
+                    raise ValueError(f"{damaged} is damaged")
             return torch.load(path, map_location="cpu", weights_only=True)
         except (
             OSError,
@@ -1565,6 +1747,7 @@ def read_checkpoint(folder: Path, digest: str) -> dict:
             EOFError,
             RuntimeError,
             pickle.PickleError,
+            zipfile.BadZipFile,
         ) as error:
             reason = str(error).strip().splitlines()[0][:100]
             print(f"note: {path} cannot be read ({reason})", file=sys.stderr)
@@ -3870,16 +4053,27 @@ def train(config: TrainConfig) -> int:
     output = Path(output).expanduser()
     check_output(output, replaceable=config.resume is not None)
     device = choose_device(config.device)
-    check_loop(config)
-    rank, world, device = join_processes(device)
     precision = choose_precision(config.precision, device)
-    config = dataclasses.replace(config, precision=precision, output=str(output))
+    # Under torchrun it decides how many there are; the settings of the run say so.
+    world = int(os.environ.get("WORLD_SIZE", config.devices))
+    if config.devices not in (1, world):
+        raise InputError(
+            f"--devices {config.devices}, but torchrun has started {world}"
+        )
+    config = dataclasses.replace(
+        config, precision=precision, output=str(output), devices=world
+    )
+    check_together(config, device)
     checkpoints = checkpoint_folder(config)
     check_push(config)
     choose_model(config)
+    if world > 1 and "WORLD_SIZE" not in os.environ:
+        return start_processes(world)
+    rank, device = join_processes(device)
 
     use_tensor_cores(device)
-    prepared = prepare_data(config)
+    with first_before_others(rank, world):
+        prepared = prepare_data(config)
     tokenizer = prepared.tokenizer
     model = build_model(config, tokenizer).to(device)
     model_config = model.config
@@ -3905,7 +4099,9 @@ def train(config: TrainConfig) -> int:
     interval = config.checkpoint_interval()
     save = partial(write_checkpoint, checkpoints, config, prepared.train.digest(), rank)
     wanted = interval != (math.inf, math.inf)
-    progress = Progress(config.precision == "fp16", save if wanted else None, interval)
+    progress = Progress(
+        config.precision == "fp16", save if wanted else None, interval, config.on_oom
+    )
     record = None
     if config.resume is not None:
         state = read_checkpoint(checkpoints, prepared.train.digest())
@@ -3913,16 +4109,22 @@ def train(config: TrainConfig) -> int:
         progress.load(state)
         loaders[0].batch_sampler.start_at(progress.epoch, progress.batch)
         say("resumed", f"after step {progress.step} of {config.output}")
-    with progress.interruptible():
+    with noticing_lost_processes(progress), progress.interruptible():
         if config.loop == "raw":
             say("modlee", "off: the raw loop does without")
             if config.compile:
                 compile_model(model)
             train_raw(model, *loaders, config, progress)
+            if progress.stop:
+                progress.save()
             if graphs := count_graphs():
                 say("compiled", f"{graphs} graphs, whatever the shapes of the batches")
         else:
-            record = start_modlee(config, prepared)
+            record = None
+            if config.strategy == "fsdp":
+                say("modlee", "off: it looks at whole models")
+            elif rank == 0:
+                record = start_modlee(config, prepared)
             base = modlee_base() if record else import_lightning().LightningModule
             adapter = adapter_class(base)(dataclasses.asdict(model_config), model)
             adapter.attach(config, progress)
@@ -3931,22 +4133,24 @@ def train(config: TrainConfig) -> int:
                 train_lightning(adapter, *loaders, config, device)
 
             record.fit(adapter, fit) if record else fit()
+            if adapter.whole:
+                model = build_model(config, tokenizer)
+                model.load_state_dict(adapter.whole)
             model.to(device)  # Lightning takes it to the CPU at the end
-        if progress.stop:
-            progress.save()
         progress.flush()
         if rank > 0:
             return progress.exit_code
         batches = len(loaders[0])
         metrics |= describe_training(progress, record, prepared, batches, config)
-        # Before it is scored: an interrupted evaluation loses no training.
-        save_model(output, model, tokenizer, config, metrics, progress)
+        # Before it is scored: an interrupted evaluation loses no training. Until then the folder
+        # counts as that of an interrupted run, which `--resume` may replace.
+        unscored = metrics | {"interrupted": True}
+        save_model(output, model, tokenizer, config, unscored, progress)
     if progress.stop:
         say("stopped", f"after step {progress.step}; its state is in {output}")
         if progress.checkpoint:
             print(f"\nnext:  python run.py --resume {progress.checkpoint.parent}")
         return progress.exit_code
-    shutil.rmtree(checkpoints, ignore_errors=True)
 
     say(
         "trained",
@@ -3956,6 +4160,8 @@ def train(config: TrainConfig) -> int:
     )
     if progress.skipped:
         say("", f"{progress.skipped} steps were skipped: a gradient overflowed fp16")
+    if progress.left_out:
+        say("", f"{progress.left_out} batches were left out for want of memory")
     validation_loss = progress.validation[-1][1]
     say("loss", f"training {progress.epoch_loss:.4f}, validation {validation_loss:.4f}")
     text = prepared.validation_text
@@ -3966,6 +4172,7 @@ def train(config: TrainConfig) -> int:
     translator.report("pair")
     metrics |= score(hypotheses, references)
     write_json(output / "metrics.json", metrics)
+    shutil.rmtree(checkpoints, ignore_errors=True)
     say_score(metrics)
     for triple in list(zip(sources, hypotheses, references))[:SHOWN]:
         print(
@@ -3981,31 +4188,106 @@ def train(config: TrainConfig) -> int:
     return 0
 
 
-def check_loop(config: TrainConfig) -> None:
-    """InputError for what only the raw loop does."""
-    if config.loop == "raw":
-        return
-    if config.compile:
+def check_together(config: TrainConfig, device: torch.device) -> None:
+    """InputError for settings of which one excludes the other."""
+    if config.compile and config.loop != "raw":
         raise InputError("--compile is for --loop raw")
-    if "WORLD_SIZE" in os.environ:
-        raise InputError("torchrun is for --loop raw")
+    if config.devices > 1 and config.on_oom == "skip":
+        raise InputError("--on-oom skip is for one process: the others would wait")
+    if config.strategy == "fsdp" and config.loop == "raw":
+        raise InputError("--strategy fsdp is for --loop lightning")
+    if config.strategy == "fsdp" and config.devices == 1:
+        raise InputError("--strategy fsdp is for several processes: add --devices N")
+    # Older ones look for CUDA when they put the optimizer's parts together.
+    is_new = hasattr(torch, "accelerator")
+    if config.strategy == "fsdp" and device.type == "cpu" and not is_new:
+        raise InputError("--strategy fsdp on a CPU needs torch 2.6 or newer")
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", config.devices))
+    found = torch.cuda.device_count()
+    if device.type == "cuda" and here > found:
+        raise InputError(f"{here} processes, but {found} GPUs: lower --devices")
 
 
-def join_processes(device: torch.device) -> tuple[int, int, torch.device]:
-    """(rank, number of processes, device of this one) under torchrun; (0, 1, device) without."""
+def start_processes(count: int) -> int:
+    """Run this program `count` times, as torchrun does, which ends all when one dies. Returns the
+    exit code: of the first that failed, or the signal's."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    threads = max(1, torch.get_num_threads() // count)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id=str(os.getpid()),
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
+    try:
+        elastic_launch(config, sys.executable)(__file__, *sys.argv[1:])
+    except SignalException as stopped:
+        return 128 + stopped.sigval
+    except ChildFailedError as error:
+        return max(1, error.get_first_failure()[1].exitcode)
+    return 0
+
+
+def join_processes(device: torch.device) -> tuple[int, torch.device]:
+    """(rank, device) of this process under torchrun; (0, device) without."""
     if "WORLD_SIZE" not in os.environ:
-        return 0, 1, device
+        return 0, device
     from torch import distributed
 
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    atexit.register(distributed.destroy_process_group)
+    atexit.register(leave_processes)
     rank = distributed.get_rank()
     if rank > 0:  # the first speaks for all
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return rank, distributed.get_world_size(), device
+    return rank, device
+
+
+@contextlib.contextmanager
+def first_before_others(rank: int, world: int) -> Iterator[None]:
+    """The first process does it while the others wait, and find what it has kept."""
+    from torch import distributed
+
+    if rank > 0:
+        with noticing_lost_processes():
+            distributed.barrier()
+    yield
+    if rank == 0 and world > 1:
+        distributed.barrier()
+
+
+@contextlib.contextmanager
+def noticing_lost_processes(progress: Progress | None = None) -> Iterator[None]:
+    """Failed where another process of the run has died, for which each backend has its words."""
+    words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(word in str(error) for word in (*words, "NCCL")):
+            raise
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it to the others
+        last = progress.checkpoint if progress else None
+        then = f"python run.py --resume {last.parent}" if last else "start again"
+        raise Failed(
+            f"another process of this run has ended; mend what it said, then: {then}"
+        ) from None
+
+
+def leave_processes() -> None:
+    from torch import distributed
+
+    if distributed.is_initialized():  # Lightning may have left already
+        distributed.destroy_process_group()
 
 
 def check_push(config: TrainConfig) -> None:
@@ -4288,8 +4570,8 @@ def main(command: str, config) -> int:
     except Interrupted as stopped:
         print("interrupted", file=sys.stderr)
         return stopped.args[0]
-    except Diverged as error:
-        print(f"error: {error}. Try a lower --learning-rate", file=sys.stderr)
+    except Failed as error:
+        print(f"error: {error}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # the reader of our output went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
