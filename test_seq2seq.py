@@ -1673,23 +1673,23 @@ def test_a_hub_name_without_a_network_is_answered_without_retries(tmp_path):
 class StallingHub(http.server.BaseHTTPRequestHandler):
     """Has a tokenizer, of which it sends the first kilobyte and no more."""
 
-    def do_HEAD(self):
-        known = self.path == "/" or self.path.endswith(
-            ("/tokenizer.json", "/config.json")
-        )
+    def do_HEAD(self) -> bool:
+        """Returns whether the file is there."""
+        known = self.path == "/" or self.path.endswith("/tokenizer.json")
         self.send_response(200 if known else 404)
         self.send_header("X-Repo-Commit", "0" * 40)
-        self.send_header("ETag", f'"{len(self.path)}"')
-        self.send_header("Content-Length", "1000000")
+        self.send_header("ETag", '"1"')
+        self.send_header("Content-Length", "1000000" if known else "0")
         if not known:
             self.send_header("X-Error-Code", "EntryNotFound")
         self.end_headers()
+        return known
 
-    def do_GET(self):
-        self.do_HEAD()
-        self.wfile.write(b" " * 1000)
-        self.wfile.flush()
-        time.sleep(60)
+    def do_GET(self) -> None:
+        if self.do_HEAD():
+            self.wfile.write(b" " * 1000)
+            self.wfile.flush()
+            time.sleep(60)
 
     def log_message(self, *arguments) -> None:
         pass
@@ -2459,10 +2459,13 @@ def test_resuming_reads_only_what_is_left(prepared):
     assert len(list(sampler)) == len(whole)
 
 
-def test_an_interrupted_run_is_resumed_from_the_command_line(tmp_path, capsys):
+def test_an_interrupted_run_is_resumed_from_the_command_line(
+    tmp_path, capsys, monkeypatch
+):
     """Like one never interrupted; with other settings only when that is insisted on."""
     from safetensors.torch import load_file
 
+    monkeypatch.setenv("MODLEE_API_KEY", "secret-key-7f3a")
     more = ("--no-modlee", "--loop", "raw", "--device", "cpu", "--dropout", 0.1)
     assert main(*SMALL, *more, "--output", tmp_path / "whole") == 0
     part, checkpoints = tmp_path / "part", tmp_path / "part.checkpoints"
@@ -2476,6 +2479,8 @@ def test_an_interrupted_run_is_resumed_from_the_command_line(tmp_path, capsys):
         main(*SMALL, *more, *every, "--output", part)
     newest, before = sorted(checkpoints.glob("*.pt"), reverse=True)
     assert not part.exists() and newest.stat().st_mode & 0o044
+    for path in checkpoints.iterdir():
+        assert b"secret-key-7f3a" not in path.read_bytes(), path
     assert main(*SMALL, "--output", part) == 2
     assert "--resume" in capsys.readouterr().err
     assert main("--resume", checkpoints, "--seed", 3, "--batch-size", 7) == 2
@@ -2627,13 +2632,17 @@ def test_a_process_that_dies_ends_the_job(loop, tmp_path):
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         cwd=tmp_path,
+        env=os.environ | {"MODLEE_API_KEY": "secret-key-7f3a"},
     )
     seen = b""
     while b"train_loss" not in seen:
         seen += process.stderr.read1()
         assert process.poll() is None, seen
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    assert len(children.split()) == 2
     for child in children.split():
+        # Where everyone on the machine can read it.
+        assert b"secret-key" not in Path(f"/proc/{child}/cmdline").read_bytes()
         if b"\0RANK=1\0" in b"\0" + Path(f"/proc/{child}/environ").read_bytes():
             os.kill(int(child), signal.SIGKILL)
     started = time.perf_counter()
