@@ -2722,8 +2722,10 @@ def test_another_error_is_no_want_of_memory(prepared, monkeypatch):
 
     monkeypatch.setattr(run, "batch_loss", fail)
     for loop in ("raw", "lightning"):
+        progress = run.Progress(on_oom="skip")
         with pytest.raises(RuntimeError, match="mat1 and mat2"):
-            fit(prepared, loop, progress=run.Progress(on_oom="skip"))
+            fit(prepared, loop, progress=progress)
+        assert progress.left_out == 0  # and not only validation fails
 
 
 def test_a_loss_that_is_no_number_names_step_and_rows(prepared):
