@@ -2575,6 +2575,15 @@ def test_two_processes_train_like_one_on_both_batches(loop, start, more, tmp_pat
         assert [path.name for path in (tmp_path / "runs").iterdir()] == ["mlruns"]
 
 
+def test_only_the_first_process_writes_checkpoints(tmp_path):
+    state = {"progress": {"step": 1}}
+    write = partial(
+        run.write_checkpoint, tmp_path / "kept", run.TrainConfig(), "digest"
+    )
+    assert not write(1, state).exists() and not any(tmp_path.iterdir())
+    assert write(0, state).exists()
+
+
 def test_a_model_held_in_parts_is_saved_whole(tmp_path):
     """FSDP: its checkpoint is that of one process, and training goes on from it."""
     from safetensors.torch import load_file
@@ -2693,12 +2702,17 @@ def test_a_batch_without_memory_is_left_out_or_ends_the_run(
             result[0].register_hook(fail)
         return result
 
+    class Watched(run.Progress):
+        def leave_out(self, error, model, *batch) -> None:
+            super().leave_out(error, model, *batch)
+            assert all(weight.grad is None for weight in model.parameters())
+
     monkeypatch.setattr(run, "batch_loss", loss)
     found = []
     for loop in ("raw", "lightning"):
         shapes = []
         calls.clear()
-        progress = run.Progress(on_oom="skip")
+        progress = Watched(on_oom="skip")
         model, progress, _ = fit(prepared, loop, progress=progress, accumulate=3)
         assert progress.left_out == 1
         said = capsys.readouterr().err
