@@ -273,6 +273,14 @@ def _hub_rows(
             yield _record_pair(dict(zip(batch, values)), languages, name)
 
 
+def is_on_hub(names: list[str]) -> bool:
+    """Whether `read_pairs` takes it for the name of a hub data set."""
+    (name, *others) = names
+    path = Path(name).expanduser()
+    is_file = bool(others) or path.suffix in READERS or path.exists()
+    return not is_file and name != PHRASEBOOK
+
+
 READERS = {".tsv": _tsv_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
 READERS |= {".jsonl": _json_rows, ".json": _json_rows}
 
@@ -332,24 +340,32 @@ def _batched(rows: Iterable) -> Iterator[list]:
 # ---- cleaning ---------------------------------------------------------------------------------
 
 
-def clean(batches: Iterable[TextBatch], dropped: Counter) -> Iterator[TextBatch]:
+def text_key(text: str) -> bytes:
+    """Eight bytes that stand for a text where millions are compared."""
+    return hashlib.blake2b(text.encode(), digest_size=8).digest()
+
+
+def clean(
+    batches: Iterable[TextBatch], dropped: Counter, held_out: set[bytes] = frozenset()
+) -> Iterator[TextBatch]:
     """Pairs that can teach something; the others are counted in `dropped` by reason.
 
-    Dropped: a side is empty; the very same pair came before; one side is over three times as long
-    as the other (in characters, with 20 to spare for short sentences).
+    Dropped: a side is empty; the very same pair came before; its source stands in `held_out`
+    (`text_key`s of validation and test); one side is over three times as long as the other (in
+    characters, with 20 to spare for short sentences).
     """
     seen = set()
     for sources, targets in batches:
         kept = []
         for source, target in zip(sources, targets):
             short, long = sorted((len(source), len(target)))
-            key = hashlib.blake2b(
-                f"{source}\t{target}".encode(), digest_size=8
-            ).digest()
+            key = text_key(f"{source}\t{target}")
             if not short:
                 dropped["empty"] += 1
             elif key in seen:
                 dropped["duplicate"] += 1
+            elif held_out and text_key(source) in held_out:
+                dropped["held out"] += 1
             elif long > 3 * short + 20:
                 dropped["length ratio"] += 1
             else:
@@ -638,6 +654,26 @@ def grouped_split(
     return train_rows, test_rows
 
 
+def hold_out(groups: np.ndarray, sizes: list[int], seed: int = 0) -> list[np.ndarray]:
+    """Row numbers of parts with exactly so many rows, and last of the rest; no group has rows in
+    two parts.
+
+    Args: groups: [N] int64 from 0 on, equal for rows of one group. Raises InputError where the
+    groups do not add up to `sizes`.
+    """
+    counts = np.bincount(groups)
+    part_of, left = np.full(len(counts), len(sizes)), list(sizes)
+    for group in np.random.default_rng(seed).permutation(len(counts)):
+        for part, room in enumerate(left):
+            if counts[group] <= room:
+                part_of[group], left[part] = part, room - counts[group]
+                break
+    rest = (part_of == len(sizes)).any()
+    if any(left) or not rest:
+        raise InputError(f"cannot hold out {sizes} of {len(groups)} pairs")
+    return [np.flatnonzero(part_of[groups] == part) for part in range(len(sizes) + 1)]
+
+
 # ---- batches ----------------------------------------------------------------------------------
 
 
@@ -661,17 +697,6 @@ class PairDataset(Dataset):
             offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
             sides.append((np.concatenate([c.flatten() for c in chunks]), offsets))
         return cls(sides)
-
-    def select(self, rows: np.ndarray) -> "PairDataset":
-        """Some of the rows, in their order here. rows: [M] int64."""
-        kept = np.zeros(len(self), bool)
-        kept[rows] = True
-        sides = []
-        for ids, offsets in self.sides:
-            lengths = np.diff(offsets)
-            chosen = np.concatenate([[0], np.cumsum(lengths[kept], dtype=np.int64)])
-            sides.append((ids[np.repeat(kept, lengths)], chosen))
-        return PairDataset(sides)
 
     def save(self, path: Path) -> None:
         from safetensors.numpy import save_file
@@ -913,13 +938,15 @@ class Data:
     validation: PairDataset
     validation_text: dict[str, list[str]]  # "source" and "target", in row order
     dropped: dict[str, int]  # pairs lost in cleaning, by reason
+    test_text: dict[str, list[str]] | None = None  # where a test set was given
 
     def save(self, folder: Path) -> None:
         """Fill a folder with all of it."""
         self.train.save(folder / "train.safetensors")
         self.validation.save(folder / "validation.safetensors")
         save_tokenizer(self.tokenizer, folder)
-        rest = {"dropped": self.dropped, "validation_text": self.validation_text}
+        names = ("validation_text", "dropped", "test_text")
+        rest = {name: getattr(self, name) for name in names}
         text = json.dumps(rest, ensure_ascii=False)
         (folder / "validation.json").write_text(text, encoding="utf-8")
 
@@ -931,23 +958,18 @@ class Data:
             load_tokenizer(str(folder)),
             PairDataset.load(folder / "train.safetensors"),
             PairDataset.load(folder / "validation.safetensors"),
-            rest["validation_text"],
-            rest["dropped"],
+            **rest,
         )
 
 
-def prepared_key(
-    dataset: str | list[str], subset: str | None, split: str, *settings
-) -> str | None:
-    """A name for what `prepare` makes of this data set with these settings: another one whenever
-    anything that it depends on is different. None for the built-in corpus.
+def prepared_key(sources: list[tuple], *settings) -> str | None:
+    """A name for what `prepare` makes of these sources, each the first three arguments of
+    `read_pairs`, with these settings: another one whenever anything that it depends on is
+    different. None for the built-in corpus.
 
     A hub data set goes by the files that `datasets` keeps of it, whose names hold its revision;
     data files, and a tokenizer's folder among the settings, by their content.
     """
-    names = [dataset] if isinstance(dataset, str) else list(dataset)
-    if names == [PHRASEBOOK]:
-        return None
     content = hashlib.sha256()
 
     def add(path: Path) -> None:
@@ -955,11 +977,14 @@ def prepared_key(
             while block := file.read(2**20):
                 content.update(block)
 
-    is_on_hub = len(names) == 1 and not Path(names[0]).expanduser().exists()
-    if is_on_hub and Path(names[0]).suffix not in READERS:
-        rows = _hub_table(names[0], subset, split)
-        content.update(f"{rows.cache_files} {subset} {split} {len(rows)}".encode())
-    else:
+    for dataset, subset, split in sources:
+        names = [dataset] if isinstance(dataset, str) else list(dataset)
+        if names == [PHRASEBOOK]:
+            return None
+        if is_on_hub(names):
+            rows = _hub_table(names[0], subset, split)
+            content.update(f"{rows.cache_files} {subset} {split} {len(rows)}".encode())
+            continue
         for path in (Path(name).expanduser() for name in names):
             _require_file(path)
             content.update(f"{path.suffix} {path.stat().st_size} ".encode())
@@ -983,6 +1008,8 @@ def prepare(
     validation_size: float,
     num_samples: int | None = None,
     seed: int = 0,
+    validation: Iterable[TextBatch] | None = None,
+    test: Iterable[TextBatch] | None = None,
 ) -> Data:
     """From sentence pairs to training and validation ids.
 
@@ -992,6 +1019,8 @@ def prepare(
         max_length: tokens per sentence, eos included; longer pairs are dropped.
         validation_size: share of the source sentences held out, or their number.
         num_samples: stop after this many pairs that survived cleaning.
+        validation, test: pairs of their own, instead of some held out; whatever has a source in
+            common with them is left out of training.
 
     Raises InputError where nothing is left.
     """
@@ -1002,7 +1031,9 @@ def prepare(
         raise InputError(
             f"--tokenizer {tokenizer}: write train:N, for example train:8000"
         )
-    pairs = clean(batches, dropped)
+    given = [part and _whole_text(part) for part in (validation, test)]
+    held_out = {text_key(s) for part in given if part for s in part["source"]}
+    pairs = clean(batches, dropped, held_out)
     if to_train:
         table = to_table(({"source": s, "target": t} for s, t in pairs), num_samples)
     else:
@@ -1010,41 +1041,42 @@ def prepare(
         table = to_table(encode(pairs, tokenizer, max_length, dropped), num_samples)
     if table is None:
         raise InputError(f"no pairs left after cleaning{describe_dropped(dropped)}")
-    pairs = None
-    if not to_train:
-        pairs = PairDataset.from_table(table)
-        table = table.select(["source", "target"])  # lets go of the ids
-    parts = grouped_split(_number_texts(table), validation_size, seed)
+    tables = [table]
+    if given[0] is None:
+        parts = grouped_split(number_texts(table), validation_size, seed)
+        tables = [select(table, part) for part in parts]
     if to_train:
-        texts = _text_columns(select(table, parts[0]))
-        sides = (side for batch in texts for side in batch)
+        sides = (side for batch in _text_columns(tables[0]) for side in batch)
         tokenizer = train_tokenizer(sides, int(size))
-        tables = []
-        for part in parts:
-            texts = _text_columns(select(table, part))
-            tables.append(to_table(encode(texts, tokenizer, max_length, dropped)))
-        if None in tables:
-            raise InputError(
-                f"training or validation is empty{describe_dropped(dropped)}"
-            )
-        train, validation = map(PairDataset.from_table, tables)
-        held_out = tables[1]
-    else:
-        train, validation = map(pairs.select, parts)
-        held_out = select(table, parts[1])
-    text = {name: held_out[name].to_pylist() for name in ("source", "target")}
-    return Data(tokenizer, train, validation, text, dict(dropped))
+        tables = [
+            to_table(encode(_text_columns(part), tokenizer, max_length, dropped))
+            for part in tables
+        ]
+    if given[0]:
+        pairs = [(given[0]["source"], given[0]["target"])]
+        tables.append(to_table(encode(pairs, tokenizer, max_length, Counter())))
+    if None in tables:
+        raise InputError(f"training or validation is empty{describe_dropped(dropped)}")
+    text = given[0] or tables[1].select(["source", "target"]).to_pydict()
+    train, validation = map(PairDataset.from_table, tables)
+    return Data(tokenizer, train, validation, text, dict(dropped), given[1])
 
 
-def _number_texts(table) -> np.ndarray:
+def _whole_text(batches: Iterable[TextBatch]) -> dict[str, list[str]]:
+    """All pairs that have two sides; InputError without any."""
+    pairs = [pair for batch in batches for pair in zip(*batch) if all(pair)]
+    if not pairs:
+        raise InputError("the validation or test set holds no pairs")
+    sources, targets = map(list, zip(*pairs))
+    return {"source": sources, "target": targets}
+
+
+def number_texts(table) -> np.ndarray:
     """Equal sources, equal numbers: [N] int64."""
     numbers: dict[bytes, int] = {}
-    digests = (
-        hashlib.blake2b(source.encode(), digest_size=8).digest()
-        for sources, _ in _text_columns(table)
-        for source in sources
-    )
-    return np.array([numbers.setdefault(digest, len(numbers)) for digest in digests])
+    sources = (source for batch in _text_columns(table) for source in batch[0])
+    keys = map(text_key, sources)
+    return np.array([numbers.setdefault(key, len(numbers)) for key in keys])
 
 
 def _text_columns(table) -> Iterator[TextBatch]:

@@ -37,10 +37,12 @@ import time
 import traceback
 import typing
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import MISSING, dataclass, field
 from datetime import datetime
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 # ---- settings ---------------------------------------------------------------------------------
@@ -66,7 +68,9 @@ class TrainConfig:
     """Train a translator, score it, and leave a model folder."""
 
     preset: str = option(
-        "demo", "named settings; flags given by hand win", choices=("demo", "tutorial")
+        "demo",
+        "named settings; flags given by hand win",
+        choices=("demo", "tutorial", "small", "base"),
     )
 
     dataset: tuple[str, ...] = option(
@@ -80,6 +84,12 @@ class TrainConfig:
     num_samples: int | None = option(None, "pairs to take after cleaning; default: all")
     validation_size: float = option(
         0.02, "source sentences held out: a share, or how many"
+    )
+    validation_set: tuple[str, ...] | None = option(
+        None, "instead: data files, or a split of the hub data set"
+    )
+    test_set: tuple[str, ...] | None = option(
+        None, "to score the model on, likewise; default: the validation pairs"
     )
     tokenizer: str = option("train:800", "hub name, folder, or train:N to learn one")
     max_length: int = option(64, "tokens per sentence; longer pairs are dropped")
@@ -120,6 +130,16 @@ class TrainConfig:
     label_smoothing: float = option(
         0.0, "share of probability spread over the vocabulary"
     )
+    average: float = option(
+        0.0, "weights are averaged over about this share of the steps; 0: they are not"
+    )
+    patience: int | None = option(
+        None, "validations without a better loss before training ends; default: never"
+    )
+    bleu_pairs: int = option(
+        100, "validation pairs translated after every epoch, for BLEU and samples"
+    )
+    beam: int = option(1, "hypotheses per sentence of the final score; 1 is greedy")
 
     device: str = option("auto", "auto, cpu, cuda or mps")
     precision: str = option(
@@ -130,7 +150,10 @@ class TrainConfig:
     seed: int = option(0, "of weights, split, order and dropout")
     modlee: bool = option(True, "record the run with Modlee, where it is installed")
     push: bool = option(False, "upload what Modlee recorded; needs MODLEE_API_KEY")
-    mlruns: str = option("runs/mlruns", "where Modlee's records go")
+    mlruns: str = option(
+        "runs/mlruns", "where Modlee's and MLflow's records go; none: nowhere"
+    )
+    tensorboard: str | None = option(None, "folder for curves in TensorBoard's format")
     output: str | None = option(
         None, "model folder to create; default: a fresh one under runs/"
     )
@@ -149,7 +172,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         counts = "max_length max_epochs batch_size batch_tokens accumulate num_samples"
-        check_counts(self, *counts.split(), "devices")
+        check_counts(self, *counts.split(), "devices", "patience", "beam")
         self.checkpoint_interval()
         if self.output == "":
             raise ValueError("--output needs a name")
@@ -157,10 +180,11 @@ class TrainConfig:
             raise ValueError("--max-length must not be above 65536")
         if self.validation_size >= 1 and self.validation_size % 1:
             raise ValueError("--validation-size: a share below 1 or a whole number")
-        for name in ("validation_size", "learning_rate", "clip_norm", "seed"):
+        sizes = ("validation_size", "learning_rate", "clip_norm", "seed", "bleu_pairs")
+        for name in sizes:
             if not 0 <= getattr(self, name) < 2**32:  # NaN fails too
                 raise ValueError(f"--{name.replace('_', '-')} must be in [0, 2^32)")
-        for name in ("warmup", "label_smoothing"):
+        for name in ("warmup", "label_smoothing", "average"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be in [0, 1)")
 
@@ -279,11 +303,35 @@ class EvaluateConfig(DecodeOptions):
     subset: str | None = option(None, "subset of a hub data set")
     split: str = option("test", "split of a hub data set")
     num_samples: int | None = option(None, "first pairs to score; default: all")
+    against: str | None = option(
+        None, "another model folder: is the difference more than chance?"
+    )
+    sentences: str | None = option(
+        None, "write every sentence with its chrF to this .tsv, the worst first"
+    )
     json: str | None = option(None, "also write the figures to this file")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_counts(self, "num_samples")
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    """Write train.tsv, validation.tsv and test.tsv; no source sentence stands in two of them."""
+
+    output: str = option(help="folder to create", flag=False)
+    dataset: tuple[str, ...] = option(help="data files, or a hub name", required=True)
+    subset: str | None = option(None, "subset of a hub data set")
+    split: str = option("train", "split of a hub data set")
+    source_lang: str = option("en", "language (and column) of the source")
+    target_lang: str = option("ro", "language (and column) of the target")
+    validation: int = option(1000, "pairs in validation.tsv")
+    test: int = option(1000, "pairs in test.tsv")
+    seed: int = option(0, "of the choice")
+
+    def __post_init__(self) -> None:
+        check_counts(self, "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -387,6 +435,7 @@ CONFIGS = {
     "train": TrainConfig,
     "translate": TranslateConfig,
     "evaluate": EvaluateConfig,
+    "split": SplitConfig,
     "export": ExportConfig,
     "bench": BenchConfig,
     "bench decode": BenchDecodeConfig,
@@ -474,6 +523,9 @@ MAY_CHANGE = {
     "mlruns",
     "cache",
     "on_oom",
+    "tensorboard",
+    "bleu_pairs",
+    "beam",
 }
 
 
@@ -484,7 +536,8 @@ def resumed_settings(given: dict) -> dict:
         settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
     except (OSError, ValueError, KeyError):
         raise ValueError(f"--resume: no checkpoints in {given['resume']}") from None
-    settings["dataset"] = tuple(settings["dataset"])
+    for name in ("dataset", "validation_set", "test_set"):
+        settings[name] = settings[name] and tuple(settings[name])
     differ = [
         f"--{name.replace('_', '-')} (was {settings.get(name)})"
         for name, value in given.items()
@@ -682,13 +735,14 @@ class Progress:
     gradient scaler of fp16 skips such steps.
 
     Attributes: step: optimizer steps done. epoch, batch: the batch to read next, from 0. train,
-    validation: lists of (optimizer step, loss in nats per token). epoch_loss: mean training loss
-    over the tokens of the last epoch, finished or not. seconds: spent in steps and validation.
-    left_out: batches for which memory did not suffice.
+    validation: lists of (optimizer step, loss in nats per token); rates: of learning rates; bleu: of
+    scores. best: the lowest validation loss and its step. epoch_loss: mean training loss over the
+    tokens of the last epoch, finished or not. seconds: spent in steps and validation. left_out:
+    batches for which memory did not suffice.
     """
 
-    SAVED = ("step", "epoch", "batch", "train", "validation", "seconds")
-    SAVED += ("epoch_loss", "epoch_sums", "sums", "left_out")
+    SAVED = ("step", "epoch", "batch", "train", "validation", "rates", "bleu", "best")
+    SAVED += ("seconds", "epoch_loss", "epoch_sums", "sums", "left_out")
 
     def __init__(
         self,
@@ -696,14 +750,25 @@ class Progress:
         save: Callable[[dict], Path] | None = None,
         every: tuple[float, float] = (math.inf, math.inf),
         on_oom: str = "stop",
+        average: float = 0.0,
+        patience: int | None = None,
+        keep_best: Callable[[dict], object] | None = None,
+        watch: Callable[["Progress", nn.Module], None] | None = None,
     ) -> None:
         """save: writes a checkpoint and returns its path; called every so many (steps, seconds).
-        on_oom: a batch for which memory does not suffice may "stop" the run or be "skip"ped."""
+        on_oom: a batch for which memory does not suffice may "stop" the run or be "skip"ped.
+        average, patience: see `TrainConfig`. keep_best: writes the weights whenever none were
+        better. watch: called after each validation."""
         self.overflows, self._save, self._every = overflows, save, every
         self.on_oom, self.left_out = on_oom, 0
-        self.step = self.epoch = self.batch = 0
+        self._share, self._average = average, None
+        self._patience, self._keep_best, self._watch = patience, keep_best, watch
+        self.step = self.epoch = self.batch = self.total_steps = 0
         self.train: list[tuple[int, float]] = []
         self.validation: list[tuple[int, float]] = []
+        self.rates: list[tuple[int, float]] = []
+        self.bleu: list[tuple[int, float]] = []
+        self.best = (math.inf, 0)
         self.epoch_loss = math.nan
         self.seconds = 0.0
         self.sums = [0.0, 0]  # loss and tokens since the last point, of this process
@@ -725,10 +790,13 @@ class Progress:
             self.sums = [0.0, 0]  # those of all processes count once
         self._loaded = state
 
-    def begin(self, **parts) -> None:
-        """The first step is about to run. parts: model, optimizer and so on, by name: what belongs
-        into a checkpoint, and is put back from a loaded one."""
-        self._parts = parts
+    def begin(self, total_steps: int, **parts) -> None:
+        """The first step of so many is about to run. parts: model, optimizer and so on, by name:
+        what belongs into a checkpoint, and is put back from a loaded one."""
+        self._parts, self.total_steps = parts, total_steps
+        if self._share:
+            updates = self._share * total_steps / LOG_EVERY
+            self._average = parts["average"] = WeightAverage(parts["model"], updates)
         for name in parts.keys() & self._loaded.keys():
             parts[name].load_state_dict(self._loaded.pop(name))
         if (
@@ -775,7 +843,11 @@ class Progress:
         """An optimizer step was done. Returns the loss since the last point where one is due."""
         self.step += 1
         self.seconds = time.perf_counter() - self._started
-        point = self.flush() if self.step % LOG_EVERY == 0 else None
+        point = None
+        if self.step % LOG_EVERY == 0:
+            point = self.flush()
+            if self._average:
+                self._average.update()
         if self.step % self._every[0] == 0:
             self._due = True
         if self._due and self.batch < self._batches:  # else after the validation
@@ -830,6 +902,8 @@ class Progress:
         self.epoch_sums[1] += tokens
         self.epoch_loss = self.epoch_sums[0] / self.epoch_sums[1]
         self.train.append((self.step, loss / tokens))
+        if "schedule" in self._parts:
+            self.rates.append((self.step, self._parts["schedule"].get_last_lr()[0]))
         return loss / tokens
 
     @property
@@ -840,13 +914,41 @@ class Progress:
         states = self._parts["optimizer"].state.values()
         return self.step - max((int(state["step"]) for state in states), default=0)
 
+    def averaged(self):
+        """The context in which the model has the weights to judge and to keep: the averaged ones,
+        if weights are averaged."""
+        return self._average.in_place() if self._average else contextlib.nullcontext()
+
     def end_epoch(self, validation_loss: float) -> None:
+        """The epoch's last step was done and the model, with `averaged` weights, validated."""
         self.flush()
         self.epoch_sums = [0.0, 0]
         self.validation.append((self.step, validation_loss))
         self.epoch, self.batch = self.epoch + 1, 0
+        with self.averaged():
+            model = self._parts["model"]
+            if validation_loss < self.best[0]:
+                self.best = (validation_loss, self.step)
+                if self._keep_best:
+                    self._keep_best(model.state_dict())
+            if self._watch:
+                self._watch(self, model)
         if self._due:
             self.save()
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether the loss has not improved for as many validations as there is patience for."""
+        worse = sum(step > self.best[1] for step, _ in self.validation)
+        return self._patience is not None and worse >= self._patience
+
+    @property
+    def time_left(self) -> str:
+        """Estimated from the steps so far, as 1:23:45."""
+        seconds = self.seconds / max(self.step, 1) * (self.total_steps - self.step)
+        minutes, seconds = divmod(round(seconds), 60)
+        hours, minutes = divmod(minutes, 60)
+        return f"{hours}:{minutes:02}:{seconds:02}"
 
     @property
     def stop(self) -> bool:
@@ -882,6 +984,46 @@ class Progress:
             self._handler = None
             for number, handler in zip(STOP_SIGNALS, previous):
                 signal.signal(number, handler)
+
+
+class WeightAverage:
+    """The exponential moving average of a model's weights (Polyak & Juditsky 1992, with the newest
+    ones weighing most, as in Marian), which is better than any of them while they still jump."""
+
+    def __init__(self, model: nn.Module, updates: float):
+        """updates: how many of the newest weigh about two thirds."""
+        self._parameters = list(model.parameters())
+        self._averages = [weight.detach().clone() for weight in self._parameters]
+        self._decay, self._count = max(0.0, 1 - 1 / updates), 0
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self._count += 1
+        # At first the average is of few, or the random weights of the start would linger.
+        decay = min(self._decay, 1 - 1 / self._count)
+        torch._foreach_lerp_(self._averages, self._parameters, 1 - decay)
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The model has the average for its weights meanwhile."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for number, parameter in enumerate(self._parameters):
+            average = self._averages[number]
+            self._averages[number], parameter.data = parameter.data, average
+
+    def state_dict(self) -> dict:
+        return {"averages": self._averages, "count": self._count}
+
+    def load_state_dict(self, state: dict) -> None:
+        self._count = state["count"]
+        for average, saved in zip(self._averages, state["averages"]):
+            average.copy_(saved)
 
 
 def describe_rows(rows: np.ndarray) -> str:
@@ -926,7 +1068,8 @@ def train_raw(
     total_steps = config.max_epochs * math.ceil(batches / accumulate)
     schedule = build_schedule(optimizer, config, total_steps)
     network = DistributedDataParallel(model) if sampler.world > 1 else model
-    progress.begin(model=model, optimizer=optimizer, schedule=schedule, scaler=scaler)
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    progress.begin(total_steps, **parts, scaler=scaler)
     for epoch in range(progress.epoch, config.max_epochs):
         sampler.set_epoch(epoch)
         model.train()
@@ -963,12 +1106,16 @@ def train_raw(
             scaler.update()
             schedule.step()
             if (mean := progress.end_step()) is not None:
-                bar.set_postfix(train_loss=f"{mean:.3f}")
+                bar.set_postfix(train_loss=f"{mean:.3f}", left=progress.time_left)
             if progress.stop_here:
                 bar.close()
                 return
         bar.close()
-        progress.end_epoch(validate(model, validation_loader, in_precision))
+        with progress.averaged():
+            loss = validate(model, validation_loader, in_precision)
+        progress.end_epoch(loss)
+        if progress.out_of_patience:
+            return
 
 
 def prefetch(loader, device: torch.device) -> Iterator[list[Tensor]]:
@@ -1117,8 +1264,9 @@ def adapter_class(base: type) -> type:
                 "optimizer": optimizer,
                 "schedule": self.trainer.lr_scheduler_configs[0].scheduler,
             }
-            scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-            self.progress.begin(**parts, **({"scaler": scaler} if scaler else {}))
+            if scaler := getattr(self.trainer.precision_plugin, "scaler", None):
+                parts["scaler"] = scaler
+            self.progress.begin(self.trainer.estimated_stepping_batches, **parts)
 
         def training_step(self, batch, batch_idx):
             config, sampler = (
@@ -1160,17 +1308,24 @@ def adapter_class(base: type) -> type:
             if self.progress.stop:
                 self.progress.save()
 
+        def on_validation_epoch_start(self) -> None:
+            self._judged = self.progress.averaged()
+            self._judged.__enter__()
+
         def validation_step(self, batch, batch_idx) -> None:
             self._validation.append(
                 batch_loss(self.model, batch, self.model.config.pad_id)
             )
 
         def on_validation_epoch_end(self) -> None:
+            self._judged.__exit__(None, None, None)
             loss = mean_loss(self._validation)
             self._validation.clear()
             # It is the mean over all processes already.
             self.log("val_loss", loss, prog_bar=True, rank_zero_only=True)
             self.progress.end_epoch(loss)
+            if self.progress.out_of_patience:
+                self.trainer.should_stop = True
 
     return TextToTextAdapter
 
@@ -1276,7 +1431,13 @@ def train_lightning(
 
     for name in ("lightning.pytorch", "pytorch_lightning"):  # it logs under either
         logging.getLogger(name).setLevel(logging.WARNING)
-    bar = TQDMProgressBar(refresh_rate=10)
+
+    class Bar(TQDMProgressBar):
+        def get_metrics(self, trainer, module) -> dict:
+            more = {"left": module.progress.time_left} if module.progress.step else {}
+            return super().get_metrics(trainer, module) | more
+
+    bar = Bar(refresh_rate=10)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", config.devices))
     settings = {
         "accelerator": "gpu" if device.type == "cuda" else device.type,
@@ -1477,14 +1638,7 @@ class ModleeRecord:
 
         # Advice on signatures and schemas that nobody asked for.
         logging.getLogger("mlflow").setLevel(logging.ERROR)
-        mlruns = Path(self.config.mlruns).expanduser().resolve()
-        if mlruns.name != "mlruns":  # Modlee would append it
-            mlruns = mlruns / "mlruns"
-        mlruns.parent.mkdir(parents=True, exist_ok=True)
-        # An empty folder would be taken for a store without its default experiment.
-        with contextlib.suppress(OSError):
-            mlruns.rmdir()
-        self.modlee.set_run_path(str(mlruns))
+        self.modlee.set_run_path(str(mlruns_folder(self.config.mlruns)))
         # The constructor has asked for models and checkpoints to be stored once more.
         mlflow.pytorch.autolog(log_datasets=False, log_models=False, checkpoint=False)
         restore = contextlib.ExitStack()
@@ -1513,7 +1667,6 @@ class ModleeRecord:
         import warnings
         from unittest.mock import patch
 
-        import mlflow
         from lightning.pytorch.callbacks import Callback
         from modlee.model import callbacks as stock
 
@@ -1530,7 +1683,6 @@ class ModleeRecord:
                 quiet.enter_context(contextlib.redirect_stdout(io.StringIO()))
                 warnings.simplefilter("ignore")
                 restore.push(quiet)  # also where a callback fails
-                mlflow.log_params(dataclasses.asdict(record.config))
 
                 def finish() -> None:
                     quiet.close()
@@ -1717,40 +1869,62 @@ def write_checkpoint(
     for left_over in folder.glob(".[0-9]*"):  # of a process that was killed in a write
         left_over.unlink()
     content = {"settings": dataclasses.asdict(config), "data": digest}
-    try:
+    with failing_in_one_line(path):
         write_json(folder / "settings.json", content)
         write_file(path, partial(torch.save, state))
-    except (OSError, RuntimeError) as error:  # RuntimeError: torch's writer
-        reason = str(error).strip().splitlines()[0][:200]
-        last = max(folder.glob("step-*.pt"), default=None)
-        then = f"{last} is intact: make room, then --resume {folder}"
-        then = then if last else "there is none before it"
-        raise Failed(f"cannot write {path}: {reason}; {then}") from None
     for old in sorted(folder.glob("step-*.pt"))[:-2]:
         old.unlink()
     return path
 
 
+def write_best(folder: Path, rank: int, weights: dict) -> None:
+    """Keep the weights of the best validation so far beside the checkpoints."""
+    if rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        with failing_in_one_line(folder / "best.pt"):
+            write_file(folder / "best.pt", partial(torch.save, weights))
+
+
+@contextlib.contextmanager
+def failing_in_one_line(path: Path) -> Iterator[None]:
+    """Failed where a state cannot be written, with the one that is intact."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch's writer
+        reason = str(error).strip().splitlines()[0][:200]
+        last = max(path.parent.glob("step-*.pt"), default=None)
+        then = f"{last} is intact: make room, then --resume {path.parent}"
+        then = then if last else "there is none before it"
+        raise Failed(f"cannot write {path}: {reason}; {then}") from None
+
+
+def read_state(path: Path) -> dict | None:
+    """What `torch.save` wrote; None, and a note, where that is damaged. Nothing in it is executed."""
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch does not compare checksums
+            if damaged := archive.testzip():
+                raise ValueError(f"{damaged} is damaged")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        RuntimeError,
+        pickle.PickleError,
+        zipfile.BadZipFile,
+    ) as error:
+        reason = str(error).strip().splitlines()[0][:100]
+        print(f"note: {path} cannot be read ({reason})", file=sys.stderr)
+        return None
+
+
 def read_checkpoint(folder: Path, digest: str) -> dict:
-    """The newest state that can be read; nothing in it is executed. Raises InputError."""
+    """The newest state that can be read. Raises InputError."""
     if json.loads((folder / "settings.json").read_text("utf-8"))["data"] != digest:
         raise InputError(f"the training pairs are not those of {folder}")
     for path in sorted(folder.glob("step-*.pt"), reverse=True):
-        try:
-            with zipfile.ZipFile(path) as archive:  # torch does not compare checksums
-                if damaged := archive.testzip():
-                    raise ValueError(f"{damaged} is damaged")
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except (
-            OSError,
-            ValueError,
-            EOFError,
-            RuntimeError,
-            pickle.PickleError,
-            zipfile.BadZipFile,
-        ) as error:
-            reason = str(error).strip().splitlines()[0][:100]
-            print(f"note: {path} cannot be read ({reason})", file=sys.stderr)
+        if (state := read_state(path)) is not None:
+            return state
     raise InputError(f"no checkpoint in {folder} can be read")
 
 
@@ -1761,8 +1935,10 @@ def save_model(
     config: TrainConfig,
     metrics: dict,
     progress: Progress,
+    best: dict | None = None,
 ) -> None:
-    """Write a model folder."""
+    """Write a model folder, and leave `best`, the weights in it, in the model. None: those that it
+    has; otherwise these are kept beside them, as last.safetensors."""
     from safetensors.torch import save_model as save_weights
 
     content = {
@@ -1775,10 +1951,13 @@ def save_model(
 
     def fill(temporary: Path) -> None:
         data.save_tokenizer(tokenizer, temporary)
+        if best is not None:
+            save_weights(model, str(temporary / "last.safetensors"))
+            model.load_state_dict(best)
         save_weights(model, str(temporary / "model.safetensors"))
         write_json(temporary / "config.json", content)
         write_json(temporary / "metrics.json", metrics)
-        draw_losses(temporary / "loss.png", progress)
+        draw_curves(temporary / "loss.png", progress)
 
     write_folder(folder, fill)
 
@@ -1820,26 +1999,231 @@ def load_model(folder: str, device: torch.device):
     return model.eval(), data.load_tokenizer(str(path)), languages
 
 
-def draw_losses(path: Path, progress: Progress) -> None:
-    """Training and validation loss over optimizer steps."""
+# ---- what is seen of a run ----------------------------------------------------------------------
+
+
+def draw_curves(path: Path, progress: Progress) -> None:
+    """Over optimizer steps: losses above, BLEU and the learning rate below."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
-    for points, label, style in (
-        (progress.train, "training", {"color": "tab:blue", "marker": "."}),
-        (progress.validation, "validation", {"color": "tab:orange", "marker": "o"}),
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    losses, scores = figure.subplots(2, sharex=True, height_ratios=(3, 2))
+    rates = scores.twinx()
+    lines = []
+    for axes, points, label, style in (
+        (losses, progress.train, "training", {"color": "tab:blue", "marker": "."}),
+        (
+            losses,
+            progress.validation,
+            "validation",
+            {"color": "#d55e00", "marker": "o"},
+        ),
+        (scores, progress.bleu, "BLEU", {"color": "#009e73", "marker": "o"}),
+        (rates, progress.rates, "learning rate", {"color": "tab:gray"}),
     ):
         if points:
-            axes.plot(*zip(*points), label=label, **style)
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", yscale="log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")  # 0.1 and not 10^-1
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.grid(alpha=0.3, which="both")
-    axes.legend()
+            lines += axes.plot(*zip(*points), label=label, **style)
+    losses.set(ylabel="loss (nats per token)", yscale="log")
+    losses.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    losses.yaxis.set_major_formatter("{x:g}")  # 0.1 and not 10^-1
+    losses.yaxis.set_minor_formatter(NullFormatter())
+    if math.isfinite(progress.best[0]):
+        loss, step = progress.best
+        losses.annotate(
+            f"best: {loss:.3g}", (step, loss), (0, 12), textcoords="offset points"
+        )
+    scores.set(xlabel="optimizer step", ylabel="BLEU (greedy)", ylim=(0, None))
+    rates.set(ylabel="learning rate", ylim=(0, None))
+    rates.ticklabel_format(axis="y", scilimits=(-2, 2))
+    for axes in (losses, scores):
+        axes.grid(alpha=0.3, which="both")
+    losses.legend(handles=lines)
     write_file(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+
+
+class Monitor:
+    """Shows a run while it trains, after each validation: a line with the time left and samples on
+    stderr, the curves in loss.png, and all points in MLflow and, where asked for, TensorBoard."""
+
+    SAMPLES = 2
+    REDRAWN = 10  # seconds between two versions of the picture
+
+    def __init__(self, config: TrainConfig, folder: Path, prepared: data.Data):
+        """folder: where loss.png goes."""
+        self.config, self.folder, self.tokenizer = config, folder, prepared.tokenizer
+        text, count = prepared.validation_text, config.bleu_pairs
+        self.sources, self.references = text["source"][:count], text["target"][:count]
+        if config.strategy == "fsdp":  # no process has a whole model to translate with
+            self.sources = []
+        self.recorders = []
+        if config.mlruns != "none" and find_spec("mlflow"):
+            self.recorders.append(MlflowRun(config))
+        if config.tensorboard is not None:
+            self.recorders.append(TensorBoard(config.tensorboard))
+        self.sent: dict[str, int] = {}
+        self.drawn = -math.inf
+
+    def __call__(self, progress: Progress, model: nn.Module) -> None:
+        from tqdm import tqdm
+
+        lines = []
+        if self.sources:
+            languages = (self.config.source_lang, self.config.target_lang)
+            options = DecodeOptions()
+            translator = Translator(
+                model, self.tokenizer, languages, options, silent=True
+            )
+            found = translator.first(self.sources)
+            bleu = score(found, self.references)["bleu"]
+            progress.bleu.append((progress.step, bleu))
+            lines = [f"BLEU {bleu:.1f} of {len(found)}"]
+        step, loss = progress.validation[-1]
+        best = " (best)" if progress.best[1] == step else ""
+        lines.insert(0, f"train {progress.epoch_loss:.3f}, validation {loss:.3f}{best}")
+        title = f"epoch {progress.epoch}/{self.config.max_epochs}"
+        said = f"{title}: {', '.join(lines)}, {progress.time_left} left"
+        for source, target in list(zip(self.sources, found if self.sources else ()))[
+            : self.SAMPLES
+        ]:
+            said += f"\n  {source}\n  -> {target}"
+        tqdm.write(said, file=sys.stderr)
+        self.record(progress)
+        if time.perf_counter() - self.drawn > self.REDRAWN:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            draw_curves(self.folder / "loss.png", progress)
+            self.drawn = time.perf_counter()
+
+    def record(self, progress: Progress) -> None:
+        """Send what is new."""
+        curves = {
+            "train/loss": progress.train,
+            "train/learning_rate": progress.rates,
+            "validation/loss": progress.validation,
+            "validation/BLEU": progress.bleu,
+        }
+        for name, points in curves.items():
+            new = points[self.sent.get(name, 0) :]
+            if new:
+                self._tell("add", name, new)
+            self.sent[name] = len(points)
+
+    def keep(self, folder: Path, metrics: dict) -> None:
+        """The model folder is complete."""
+        self._tell("keep", folder, metrics)
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """What happens meanwhile is the run."""
+        state = "FAILED"
+        try:
+            yield
+            state = "FINISHED"
+        finally:
+            self._tell("end", state)
+
+    def _tell(self, what: str, *arguments) -> None:
+        """Call a method of every recorder. One that fails is said and left out: a full disk, or a
+        store of another version, ends no training."""
+        for recorder in list(self.recorders):
+            try:
+                getattr(recorder, what)(*arguments)
+            except Exception as error:  # noqa: BLE001 - of whatever kind a store may raise
+                reason = " ".join(str(error).split())[:200]
+                name = type(recorder).__name__
+                print(f"\nnote: no more records: {name}: {reason}", file=sys.stderr)
+                self.recorders.remove(recorder)
+
+
+def mlruns_folder(name: str) -> Path:
+    """The folder of a store that MLflow and Modlee share."""
+    # MLflow 3 wants a database and takes files only if told so; Modlee knows nothing else.
+    os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+    folder = Path(name).expanduser().resolve()
+    if folder.name != "mlruns":  # Modlee would append it
+        folder = folder / "mlruns"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # An empty folder would be taken for a store without its default experiment.
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+    return folder
+
+
+class MlflowRun:
+    """A run in MLflow: Modlee's where one is active, else one of its own."""
+
+    def __init__(self, config: TrainConfig):
+        self.config, self.client, self.run_id = config, None, None
+        self.is_own = False
+
+    def _begin(self) -> None:
+        import mlflow
+
+        folder = mlruns_folder(self.config.mlruns)
+        self.client = mlflow.MlflowClient(folder.as_uri())
+        active = mlflow.active_run()
+        self.is_own = active is None
+        run = active or self.client.create_run(
+            "0", run_name=Path(self.config.output).name
+        )
+        self.run_id = run.info.run_id
+        for name, value in dataclasses.asdict(self.config).items():
+            self.client.log_param(self.run_id, name, value)
+
+    def add(self, name: str, points: list[tuple[int, float]]) -> None:
+        from mlflow.entities import Metric
+
+        if self.client is None:
+            self._begin()
+        now = int(time.time() * 1000)
+        metrics = [Metric(name, value, now, step) for step, value in points]
+        for some in chunks(metrics, 1000):  # as many as a call may have
+            self.client.log_batch(self.run_id, some)
+
+    def keep(self, folder: Path, metrics: dict) -> None:
+        """The scores, the picture and the model folder, whose files are not written twice."""
+        import shutil
+        from urllib.parse import urlparse
+        from urllib.request import url2pathname
+
+        if self.client is None:
+            self._begin()
+        for name in ("bleu", "chrf"):
+            self.client.log_metric(self.run_id, f"final/{name}", metrics[name])
+        self.client.log_artifact(self.run_id, folder / "loss.png")
+        uri = self.client.get_run(self.run_id).info.artifact_uri
+        target = Path(url2pathname(urlparse(uri).path)) / "model"
+
+        def link(source: str, copy: str) -> None:
+            try:
+                os.link(source, copy)
+            except OSError:  # on another disk
+                shutil.copy2(source, copy)
+
+        shutil.copytree(folder, target, copy_function=link)
+
+    def end(self, state: str) -> None:
+        if self.is_own:
+            self.client.set_terminated(self.run_id, state)
+
+
+class TensorBoard:
+    def __init__(self, folder: str):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(folder)
+
+    def add(self, name: str, points: list[tuple[int, float]]) -> None:
+        for step, value in points:
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+
+    def keep(self, folder: Path, metrics: dict) -> None:
+        for name in ("bleu", "chrf"):
+            self.writer.add_scalar(f"final/{name}", metrics[name], metrics["steps"])
+
+    def end(self, state: str) -> None:
+        self.writer.close()
 
 
 # ---- export -----------------------------------------------------------------------------------
@@ -1987,10 +2371,12 @@ class Translator:
     Attributes: notes: what happened -> (how many lines, numbers of the first of them, from 1).
     """
 
-    def __init__(self, model, tokenizer, languages: tuple[str, str], options):
-        """options: a `DecodeOptions`."""
+    def __init__(
+        self, model, tokenizer, languages: tuple[str, str], options, silent=False
+    ):
+        """options: a `DecodeOptions`. silent: without a bar."""
         self.model, self.tokenizer, self.languages = model, tokenizer, languages
-        self.options = options
+        self.options, self.silent = options, silent or None
         self.notes: dict[str, tuple[int, list[int]]] = {}
 
     def __call__(
@@ -2006,7 +2392,9 @@ class Translator:
         from tqdm import tqdm
 
         numbered = enumerate(lines, 1)
-        with tqdm(desc="translate", total=total, unit="line", disable=None) as bar:
+        with tqdm(
+            desc="translate", total=total, unit="line", disable=self.silent
+        ) as bar:
             failure = None
             while failure is None:
                 part = []
@@ -4095,63 +4483,110 @@ def train(config: TrainConfig) -> int:
         for part, shuffle in ((prepared.train, True), (prepared.validation, False))
     ]
     metrics = describe_run(config, prepared, model, loaders[0], device)
-
+    digest = prepared.train.digest()
     interval = config.checkpoint_interval()
-    save = partial(write_checkpoint, checkpoints, config, prepared.train.digest(), rank)
     wanted = interval != (math.inf, math.inf)
+    save = partial(write_checkpoint, checkpoints, config, digest, rank)
+    monitor = Monitor(config, checkpoints, prepared) if rank == 0 else None
     progress = Progress(
-        config.precision == "fp16", save if wanted else None, interval, config.on_oom
+        config.precision == "fp16",
+        save if wanted else None,
+        interval,
+        config.on_oom,
+        config.average,
+        config.patience,
+        partial(write_best, checkpoints, rank),
+        monitor,
     )
-    record = None
     if config.resume is not None:
-        state = read_checkpoint(checkpoints, prepared.train.digest())
+        state = read_checkpoint(checkpoints, digest)
         model.load_state_dict(state.pop("model"))
         progress.load(state)
         loaders[0].batch_sampler.start_at(progress.epoch, progress.batch)
         say("resumed", f"after step {progress.step} of {config.output}")
-    with noticing_lost_processes(progress), progress.interruptible():
+    with (
+        monitor.recording() if monitor else contextlib.nullcontext(),
+        noticing_lost_processes(progress),
+        progress.interruptible(),
+    ):
         if config.loop == "raw":
-            say("modlee", "off: the raw loop does without")
-            if config.compile:
-                compile_model(model)
-            train_raw(model, *loaders, config, progress)
-            if progress.stop:
-                progress.save()
-            if graphs := count_graphs():
-                say("compiled", f"{graphs} graphs, whatever the shapes of the batches")
-        else:
             record = None
-            if config.strategy == "fsdp":
+            train_alone(model, loaders, config, progress)
+        else:
+            is_whole = config.strategy != "fsdp"
+            if rank == 0 and not is_whole:
                 say("modlee", "off: it looks at whole models")
-            elif rank == 0:
-                record = start_modlee(config, prepared)
-            base = modlee_base() if record else import_lightning().LightningModule
-            adapter = adapter_class(base)(dataclasses.asdict(model_config), model)
-            adapter.attach(config, progress)
-
-            def fit() -> None:
-                train_lightning(adapter, *loaders, config, device)
-
-            record.fit(adapter, fit) if record else fit()
-            if adapter.whole:
-                model = build_model(config, tokenizer)
-                model.load_state_dict(adapter.whole)
-            model.to(device)  # Lightning takes it to the CPU at the end
+            record = start_modlee(config, prepared) if rank == 0 and is_whole else None
+            model = train_adapter(model, loaders, config, progress, record, device)
         progress.flush()
         if rank > 0:
             return progress.exit_code
         batches = len(loaders[0])
         metrics |= describe_training(progress, record, prepared, batches, config)
-        # Before it is scored: an interrupted evaluation loses no training. Until then the folder
-        # counts as that of an interrupted run, which `--resume` may replace.
-        unscored = metrics | {"interrupted": True}
-        save_model(output, model, tokenizer, config, unscored, progress)
-    if progress.stop:
-        say("stopped", f"after step {progress.step}; its state is in {output}")
-        if progress.checkpoint:
-            print(f"\nnext:  python run.py --resume {progress.checkpoint.parent}")
-        return progress.exit_code
+        best = None
+        if (
+            progress.validation
+            and not progress.stop
+            and progress.best[1] < progress.step
+        ):
+            best = read_state(checkpoints / "best.pt")
+            best = best and {name: part.to(device) for name, part in best.items()}
+        with progress.averaged():
+            # Before it is scored: an interrupted evaluation loses no training. Until then the
+            # folder counts as that of an interrupted run, which `--resume` may replace.
+            unscored = metrics | {"interrupted": True}
+            save_model(output, model, tokenizer, config, unscored, progress, best)
+            if progress.stop:
+                say("stopped", f"after step {progress.step}; its state is in {output}")
+                if progress.checkpoint:
+                    last = progress.checkpoint.parent
+                    print(f"\nnext:  python run.py --resume {last}")
+                return progress.exit_code
+            say_trained(progress, metrics)
+            score_model(model, prepared, config, metrics)
+        write_json(output / "metrics.json", metrics)
+        monitor.keep(output, metrics)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    if record:
+        say("modlee", f"took {record.seconds:.1f} s and recorded {record.run_path}")
+        say("artifacts", ", ".join(record.artifacts))
+    say("saved", f"{output}")
+    print(f"\nnext:  python run.py translate --model {output} 'The teacher sees you.'")
+    print(f"       python run.py evaluate --model {output} --dataset pairs.tsv")
+    return 0
 
+
+def train_alone(model, loaders, config: TrainConfig, progress: Progress) -> None:
+    """The raw loop, with what the command line says around it."""
+    say("modlee", "off: the raw loop does without")
+    if config.compile:
+        compile_model(model)
+    train_raw(model, *loaders, config, progress)
+    if progress.stop:
+        progress.save()
+    if graphs := count_graphs():
+        say("compiled", f"{graphs} graphs, whatever the shapes of the batches")
+
+
+def train_adapter(
+    model, loaders, config: TrainConfig, progress: Progress, record, device
+) -> nn.Module:
+    """Lightning's loop. Returns the model, which FSDP has put together anew."""
+    base = modlee_base() if record else import_lightning().LightningModule
+    adapter = adapter_class(base)(dataclasses.asdict(model.config), model)
+    adapter.attach(config, progress)
+
+    def fit() -> None:
+        train_lightning(adapter, *loaders, config, device)
+
+    record.fit(adapter, fit) if record else fit()
+    if adapter.whole:
+        model = TransformerSeq2SeqModel(**dataclasses.asdict(model.config))
+        model.load_state_dict(adapter.whole)
+    return model.to(device)  # Lightning takes it to the CPU at the end
+
+
+def say_trained(progress: Progress, metrics: dict) -> None:
     say(
         "trained",
         f"{progress.step} steps in {progress.seconds:.0f} s, "
@@ -4162,30 +4597,33 @@ def train(config: TrainConfig) -> int:
         say("", f"{progress.skipped} steps were skipped: a gradient overflowed fp16")
     if progress.left_out:
         say("", f"{progress.left_out} batches were left out for want of memory")
-    validation_loss = progress.validation[-1][1]
-    say("loss", f"training {progress.epoch_loss:.4f}, validation {validation_loss:.4f}")
-    text = prepared.validation_text
-    sources, references = list(text["source"]), list(text["target"])
+    if progress.out_of_patience:
+        say("", "ended early: the validation loss did not improve any more")
+    loss, step = progress.best
+    which = "" if step == progress.step else f", the best, of step {step}"
+    say("loss", f"training {progress.epoch_loss:.4f}, validation {loss:.4f}{which}")
+
+
+def score_model(model, prepared: data.Data, config: TrainConfig, metrics: dict) -> None:
+    """Translate the test set, or without one the validation pairs, and put the scores into
+    `metrics`."""
+    text = prepared.test_text or prepared.validation_text
+    sources, references = text["source"], text["target"]
+    options = DecodeOptions(beam=config.beam)
     languages = (config.source_lang, config.target_lang)
-    translator = Translator(model, tokenizer, languages, DecodeOptions())
+    translator = Translator(model, prepared.tokenizer, languages, options)
     hypotheses = translator.first(sources)
     translator.report("pair")
     metrics |= score(hypotheses, references)
-    write_json(output / "metrics.json", metrics)
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    metrics["scored"] = "test" if prepared.test_text else "validation"
+    search = "greedy" if config.beam == 1 else f"beam {config.beam}"
+    say("scored", f"{len(sources):,} {metrics['scored']} pairs, {search}")
     say_score(metrics)
     for triple in list(zip(sources, hypotheses, references))[:SHOWN]:
         print(
             "\n  source       {}\n  translation  {}\n  reference    {}".format(*triple)
         )
     print()
-    if record:
-        say("modlee", f"took {record.seconds:.1f} s and recorded {record.run_path}")
-        say("artifacts", ", ".join(record.artifacts))
-    say("saved", f"{output}")
-    print(f"\nnext:  python run.py translate --model {output} 'The teacher sees you.'")
-    print(f"       python run.py evaluate --model {output} --dataset pairs.tsv")
-    return 0
 
 
 def check_together(config: TrainConfig, device: torch.device) -> None:
@@ -4196,9 +4634,13 @@ def check_together(config: TrainConfig, device: torch.device) -> None:
         raise InputError("--on-oom skip is for one process: the others would wait")
     if config.strategy == "fsdp" and config.loop == "raw":
         raise InputError("--strategy fsdp is for --loop lightning")
+    if config.strategy == "fsdp" and config.average:
+        raise InputError("--average is not for --strategy fsdp")
     if config.strategy == "fsdp" and config.devices == 1:
         raise InputError("--strategy fsdp is for several processes: add --devices N")
     # Older ones look for CUDA when they put the optimizer's parts together.
+    if config.tensorboard is not None and not find_spec("tensorboard"):
+        raise InputError("--tensorboard needs the package: pip install tensorboard")
     is_new = hasattr(torch, "accelerator")
     if config.strategy == "fsdp" and device.type == "cpu" and not is_new:
         raise InputError("--strategy fsdp on a CPU needs torch 2.6 or newer")
@@ -4319,7 +4761,15 @@ def prepare_data(config: TrainConfig) -> data.Data:
     import shutil
 
     languages = (config.source_lang, config.target_lang)
-    where = (config.dataset, config.subset, config.split)
+    sources = [(config.dataset, config.subset, config.split)]
+    on_hub = data.is_on_hub(config.dataset)
+    held_out = []
+    for names in (config.validation_set, config.test_set):
+        source = names and (names, None, "train")
+        if names and data.is_on_hub(names):  # no file: the name of a split
+            source = (config.dataset, config.subset, *names) if on_hub else None
+        held_out.append(source)
+    sources += [source for source in held_out if source]
     settings = (
         config.tokenizer,
         config.max_length,
@@ -4329,7 +4779,7 @@ def prepare_data(config: TrainConfig) -> data.Data:
     )
     key = None
     if config.cache != "none":
-        key = data.prepared_key(*where, *settings, languages)
+        key = data.prepared_key(sources, *settings, languages, held_out)
     folder = key and Path(config.cache).expanduser() / key
     if folder and folder.is_dir():
         try:
@@ -4337,7 +4787,9 @@ def prepare_data(config: TrainConfig) -> data.Data:
         except Exception:  # noqa: BLE001 - damaged, in one of many ways
             print(f"note: {folder} is damaged and made anew", file=sys.stderr)
             shutil.rmtree(folder, ignore_errors=True)
-    prepared = data.prepare(data.read_pairs(*where, languages), *settings)
+    parts = [source and data.read_pairs(*source, languages) for source in held_out]
+    pairs = data.read_pairs(*sources[0], languages)
+    prepared = data.prepare(pairs, *settings, *parts)
     if folder:
         try:
             write_folder(folder, prepared.save)
@@ -4506,9 +4958,13 @@ def evaluate(config: EvaluateConfig) -> int:
     from itertools import islice
 
     check_report(config.json)
+    check_report(config.sentences, "--sentences")
     if config.dataset == (data.PHRASEBOOK,):
         raise InputError("the demo trains on the phrasebook; give pairs of your own")
     translator = load_translator(config)
+    other = None
+    if config.against is not None:
+        other = load_translator(dataclasses.replace(config, model=config.against))
     languages, tokenizer = translator.languages, translator.tokenizer
     batches = data.read_pairs(config.dataset, config.subset, config.split, languages)
     pairs = (pair for batch in batches for pair in zip(*batch))
@@ -4533,8 +4989,94 @@ def evaluate(config: EvaluateConfig) -> int:
     say("pairs", f"{len(sources):,}, translated in {seconds:.1f} s")
     say_score(result)
     say("tokenizer", say_unk(result))
+    if other:
+        result["against"] = compare(hypotheses, other.first(sources), references)
+        say_comparison(config.against, result["against"])
+    if config.sentences:
+        path = Path(config.sentences).expanduser()
+        write_sentences(path, sources, hypotheses, references)
+        say("sentences", f"{path}, the worst first")
     if config.json:
         write_json(Path(config.json).expanduser(), result)
+    return 0
+
+
+def compare(ours: list[str], theirs: list[str], references: list[str]) -> dict:
+    """Paired bootstrap resampling (Koehn 2004), by sacreBLEU: metric -> the scores of both with
+    95 % intervals, and p, the probability of such a difference by chance."""
+    from sacrebleu.metrics import BLEU, CHRF
+    from sacrebleu.significance import PairedTest
+
+    # The first is the baseline. Named by number, because it takes equal names for a mistake.
+    systems = [("0", theirs), ("1", ours)]
+    metrics = {
+        "BLEU": BLEU(references=[references]),
+        "chrF": CHRF(references=[references]),
+    }
+    signatures, found = PairedTest(systems, metrics, None, test_type="bs")()
+    report = {}
+    for (name, (baseline, mine)), signature in zip(
+        ((name, found[name]) for name in metrics), signatures.values()
+    ):
+        report[name] = {
+            "ours": [mine.score, mine.mean, mine.ci],
+            "theirs": [baseline.score, baseline.mean, baseline.ci],
+            "p": mine.p_value,
+            "signature": str(signature),
+        }
+    return report
+
+
+def say_comparison(name: str, report: dict) -> None:
+    for metric, found in report.items():
+        (ours, _, our_ci), (theirs, _, their_ci) = found["ours"], found["theirs"]
+        verdict = "more than chance" if found["p"] < 0.05 else "could be chance"
+        say(
+            metric,
+            f"{ours:.2f} ± {our_ci:.2f}, {name} {theirs:.2f} ± {their_ci:.2f}: "
+            f"{ours - theirs:+.2f}, p = {found['p']:.3f}, {verdict}",
+        )
+
+
+def write_sentences(path: Path, sources, hypotheses, references) -> None:
+    """chrF, line, source, translation, reference of every sentence, tab-separated, worst first."""
+    from sacrebleu.metrics import CHRF
+
+    metric = CHRF()
+    rows = [
+        (metric.sentence_score(hypothesis, [reference]).score, number, *texts)
+        for number, texts in enumerate(zip(sources, hypotheses, references), 1)
+        for _, hypothesis, reference in [texts]
+    ]
+    lines = ["chrF\tline\tsource\ttranslation\treference"]
+    lines += ["\t".join([f"{row[0]:.1f}", *map(str, row[1:])]) for row in sorted(rows)]
+    text = "\n".join(lines) + "\n"
+    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def split(config: SplitConfig) -> int:
+    """Clean pairs and hold some out, for several programs to train on the same."""
+    output = Path(config.output).expanduser()
+    check_output(output)
+    dropped = Counter()
+    languages = (config.source_lang, config.target_lang)
+    batches = data.read_pairs(config.dataset, config.subset, config.split, languages)
+    pairs = [pair for batch in data.clean(batches, dropped) for pair in zip(*batch)]
+    numbers: dict[str, int] = {}
+    groups = [numbers.setdefault(source, len(numbers)) for source, _ in pairs]
+    sizes = {"validation": config.validation, "test": config.test}
+    parts = data.hold_out(np.array(groups, int), list(sizes.values()), config.seed)
+
+    def fill(folder: Path) -> None:
+        for name, rows in zip((*sizes, "train"), parts):
+            lines = ["\t".join(pairs[row]) + "\n" for row in rows]
+            (folder / f"{name}.tsv").write_text("".join(lines), encoding="utf-8")
+
+    write_folder(output, fill)
+    counts = ", ".join(
+        f"{len(rows):,} {name}" for name, rows in zip((*sizes, "train"), parts)
+    )
+    say("split", f"{counts} pairs in {output}{data.describe_dropped(dropped)}")
     return 0
 
 
@@ -4560,6 +5102,7 @@ def main(command: str, config) -> int:
         "train": train,
         "translate": translate,
         "evaluate": evaluate,
+        "split": split,
         "export": export,
         "bench": bench,
         "bench decode": bench_decode,
