@@ -22,6 +22,7 @@ import os
 import random
 import re
 import ssl
+import sys
 import threading
 import unicodedata
 import urllib.error
@@ -263,6 +264,20 @@ def _hub_table(name: str, subset: str | None, split: str):
             f"cannot load data set {label}: {reason}; "
             "check the name, connect once, or give a file: --dataset pairs.tsv"
         ) from None
+
+
+def has_split(dataset: list[str], subset: str | None, split: str) -> bool:
+    """Whether a hub data set has this split; says so on stderr where it has not."""
+    try:
+        _hub_table(dataset[0], subset, split)
+    except InputError:
+        _hub_table(dataset[0], subset, "train")  # raises where nothing is to be had
+        print(
+            f"note: {dataset[0]} has no split {split!r}: pairs are held out instead",
+            file=sys.stderr,
+        )
+        return False
+    return True
 
 
 def _hub_rows(

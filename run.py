@@ -200,6 +200,44 @@ class TrainConfig:
 
 PRESETS: dict[str, dict] = {
     "demo": {},  # the defaults above
+    # Some 20,000 pairs of real sentences, 20 minutes on two CPU cores: bring the --dataset.
+    "small": {
+        "tokenizer": "train:4000",
+        "max_length": 100,
+        "d_model": 256,
+        "num_encoder_layers": 3,
+        "num_decoder_layers": 3,
+        "dim_feedforward": 1024,
+        "dropout": 0.2,
+        "max_epochs": 14,
+        "batch_tokens": 1024,
+        "learning_rate": 1e-3,
+        "label_smoothing": 0.1,
+        "average": 0.05,
+        "beam": 4,
+    },
+    # The real WMT16, 610,000 pairs, on one GPU.
+    "base": {
+        "dataset": ("wmt16",),
+        "subset": "ro-en",
+        "validation_set": ("validation",),
+        "test_set": ("test",),
+        "tokenizer": "train:16000",
+        "max_length": 128,
+        "d_model": 512,
+        "nhead": 8,
+        "num_encoder_layers": 6,
+        "num_decoder_layers": 6,
+        "dim_feedforward": 2048,
+        "dropout": 0.1,
+        "max_epochs": 30,
+        "batch_tokens": 25_000,
+        "learning_rate": 1e-3,
+        "label_smoothing": 0.1,
+        "average": 0.05,
+        "patience": 5,
+        "beam": 4,
+    },
     "tutorial": {
         "dataset": ("wmt16",),
         "subset": "ro-en",
@@ -2031,7 +2069,11 @@ def draw_curves(path: Path, progress: Progress) -> None:
     if math.isfinite(progress.best[0]):
         loss, step = progress.best
         losses.annotate(
-            f"best: {loss:.3g}", (step, loss), (0, 12), textcoords="offset points"
+            f"best: {loss:.3g}",
+            (step, loss),
+            (0, 12),
+            textcoords="offset points",
+            ha="right",
         )
     scores.set(xlabel="optimizer step", ylabel="BLEU (greedy)", ylim=(0, None))
     rates.set(ylabel="learning rate", ylim=(0, None))
@@ -2067,27 +2109,23 @@ class Monitor:
     def __call__(self, progress: Progress, model: nn.Module) -> None:
         from tqdm import tqdm
 
-        lines = []
+        step, loss = progress.validation[-1]
+        best = " (best)" if progress.best[1] == step else ""
+        said = f"epoch {progress.epoch}/{self.config.max_epochs}: train "
+        said += f"{progress.epoch_loss:.3f}, validation {loss:.3f}{best}, "
+        samples = ""
         if self.sources:
             languages = (self.config.source_lang, self.config.target_lang)
-            options = DecodeOptions()
             translator = Translator(
-                model, self.tokenizer, languages, options, silent=True
+                model, self.tokenizer, languages, DecodeOptions(), silent=True
             )
             found = translator.first(self.sources)
             bleu = score(found, self.references)["bleu"]
-            progress.bleu.append((progress.step, bleu))
-            lines = [f"BLEU {bleu:.1f} of {len(found)}"]
-        step, loss = progress.validation[-1]
-        best = " (best)" if progress.best[1] == step else ""
-        lines.insert(0, f"train {progress.epoch_loss:.3f}, validation {loss:.3f}{best}")
-        title = f"epoch {progress.epoch}/{self.config.max_epochs}"
-        said = f"{title}: {', '.join(lines)}, {progress.time_left} left"
-        for source, target in list(zip(self.sources, found if self.sources else ()))[
-            : self.SAMPLES
-        ]:
-            said += f"\n  {source}\n  -> {target}"
-        tqdm.write(said, file=sys.stderr)
+            progress.bleu.append((step, bleu))
+            said += f"BLEU {bleu:.1f} of {len(found)} pairs, "
+            for source, target in list(zip(self.sources, found))[: self.SAMPLES]:
+                samples += f"\n    {source}\n    {target}"
+        tqdm.write(f"{said}{progress.time_left} left{samples}", file=sys.stderr)
         self.record(progress)
         if time.perf_counter() - self.drawn > self.REDRAWN:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -4740,9 +4778,10 @@ def check_push(config: TrainConfig) -> None:
         raise InputError(
             "--push needs your key in the environment variable MODLEE_API_KEY"
         )
-    if config.loop == "raw" or not config.modlee:
+    if config.loop == "raw" or not config.modlee or config.mlruns == "none":
         raise InputError(
-            "--push uploads what Modlee records: not with --loop raw or --no-modlee"
+            "--push uploads what Modlee records: not with --loop raw, --no-modlee or "
+            "--mlruns none"
         )
 
 
@@ -4767,7 +4806,9 @@ def prepare_data(config: TrainConfig) -> data.Data:
     for names in (config.validation_set, config.test_set):
         source = names and (names, None, "train")
         if names and data.is_on_hub(names):  # no file: the name of a split
-            source = (config.dataset, config.subset, *names) if on_hub else None
+            source = (config.dataset, config.subset, *names)
+            if not (on_hub and data.has_split(*source)):
+                source = None
         held_out.append(source)
     sources += [source for source in held_out if source]
     settings = (
@@ -4877,7 +4918,10 @@ def describe_training(
         "train_seconds": round(progress.seconds, 2),
         "tokens_per_second": round(real_tokens / max(progress.seconds, 1e-9), 1),
         "train_loss": finite(progress.epoch_loss),
-        "val_loss": finite(validation_loss),
+        "val_loss": finite(progress.best[0]),
+        "best_step": progress.best[1],
+        "last_val_loss": finite(validation_loss),
+        "scored": None,
         "bleu": None,
         "chrf": None,
         "signature": None,
@@ -4886,8 +4930,8 @@ def describe_training(
 
 def start_modlee(config: TrainConfig, prepared: "data.Data") -> ModleeRecord | None:
     """Import Modlee where it is wanted and installed, and say in one line what its state is."""
-    if not config.modlee:
-        say("modlee", "off (--no-modlee)")
+    if not config.modlee or config.mlruns == "none":
+        say("modlee", f"off ({'--mlruns none' if config.modlee else '--no-modlee'})")
         return None
     started = time.perf_counter()
     try:
@@ -5014,15 +5058,14 @@ def compare(ours: list[str], theirs: list[str], references: list[str]) -> dict:
         "chrF": CHRF(references=[references]),
     }
     signatures, found = PairedTest(systems, metrics, None, test_type="bs")()
+    found.pop("System")
     report = {}
-    for (name, (baseline, mine)), signature in zip(
-        ((name, found[name]) for name in metrics), signatures.values()
-    ):
+    for name, (key, (baseline, mine)) in zip(metrics, found.items()):
         report[name] = {
             "ours": [mine.score, mine.mean, mine.ci],
             "theirs": [baseline.score, baseline.mean, baseline.ci],
             "p": mine.p_value,
-            "signature": str(signature),
+            "signature": str(signatures[key]),
         }
     return report
 

@@ -6,6 +6,7 @@ Tests that need Modlee are skipped where it is not installed.
 """
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import http.server
@@ -1549,6 +1550,7 @@ SMALL = [
     *("--num-samples", 300, "--tokenizer", "train:320", "--max-epochs", 1),
     *("--d-model", 32, "--nhead", 2, "--dim-feedforward", 64, "--batch-size", 32),
     *("--num-encoder-layers", 1, "--num-decoder-layers", 1, "--validation-size", 20),
+    *("--mlruns", "none"),
 ]
 
 
@@ -1720,7 +1722,8 @@ def folder(tmp_path_factory) -> Path:
     work.mkdir()
     env = os.environ | {"HOME": str(home), "HF_HUB_OFFLINE": "1"}
     env["MODLEE_API_KEY"] = "secret-key-7f3a"
-    done = command(*SMALL, "--output", root / "model", cwd=work, env=env)
+    more = ("--output", root / "model", "--mlruns", "runs/mlruns")
+    done = command(*SMALL, *more, cwd=work, env=env)
     assert done.returncode == 0, done.stderr
     (root / "stdout").write_text(done.stdout)
     (root / "stderr").write_text(done.stderr)
@@ -2363,7 +2366,10 @@ def fit(
         data.make_loader(part, 64, 0, config.seed, shuffle)
         for part, shuffle in ((prepared.train, True), (prepared.validation, False))
     ]
-    progress, record = progress or run.Progress(), None
+    progress = progress or run.Progress(
+        average=config.average, patience=config.patience
+    )
+    record = None
     if state is not None:
         model.load_state_dict(state.pop("model"))
         progress.load(state)
@@ -2391,17 +2397,23 @@ def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_raw_and_lightning_walk_the_same_path(prepared, precision, accumulate):
+def test_raw_and_lightning_walk_the_same_path(
+    prepared, precision, accumulate, monkeypatch
+):
     """Dropout, clipping, schedule and uneven windows on: bit-identical weights and losses."""
     settings = {"precision": precision, "accumulate": accumulate, "clip_norm": 0.5}
+    settings |= {"average": 0.5}
+    monkeypatch.setattr(run, "LOG_EVERY", 3)  # or nothing would be averaged
     raw, raw_progress, _ = fit(prepared, "raw", **settings)
     torch.manual_seed(99)  # what either loop draws is its own doing
     lit, lit_progress, _ = fit(prepared, "lightning", **settings)
     batches = math.ceil(len(prepared.train) / 64)
     assert raw_progress.step == lit_progress.step == 2 * math.ceil(batches / accumulate)
-    assert raw_progress.train == lit_progress.train
-    assert raw_progress.validation == lit_progress.validation
+    for name in ("train", "validation", "rates", "best"):
+        assert getattr(raw_progress, name) == getattr(lit_progress, name)
     assert same_weights(raw, lit)
+    with raw_progress.averaged(), lit_progress.averaged():
+        assert same_weights(raw, lit)
     assert not same_weights(raw, tiny_model(vocab_size=len(prepared.tokenizer)))
 
 
@@ -2427,8 +2439,8 @@ def test_a_resumed_run_walks_the_same_path(
         states[state["progress"]["step"]] = path.read_bytes()
         return path
 
-    settings = {"accumulate": 3, "clip_norm": 0.5, "modlee": modlee}
-    progress = run.Progress(save=save, every=(1, math.inf))
+    settings = {"accumulate": 3, "clip_norm": 0.5, "modlee": modlee, "average": 0.5}
+    progress = run.Progress(save=save, every=(1, math.inf), average=0.5)
     raw, raw_progress, _ = fit(
         prepared, "raw", progress=progress, **settings | {"modlee": False}
     )
@@ -2444,9 +2456,11 @@ def test_a_resumed_run_walks_the_same_path(
             prepared, loop, tmp_path=tmp_path, state=state, **settings
         )
         assert progress.step == 2 * steps
-        assert progress.train == raw_progress.train
-        assert progress.validation == raw_progress.validation
+        for name in ("train", "validation", "rates", "best"):
+            assert getattr(progress, name) == getattr(raw_progress, name)
         assert same_weights(raw, model)
+        with raw_progress.averaged(), progress.averaged():
+            assert same_weights(raw, model)
 
 
 def test_resuming_reads_only_what_is_left(prepared):
@@ -2866,6 +2880,271 @@ def test_the_schedule_rises_and_ends_near_zero():
     assert rates[10:] == sorted(rates[10:], reverse=True) and rates[-1] < 1e-3
 
 
+# ---- judged while it trains -------------------------------------------------------------------
+
+
+def test_the_average_of_weights_is_the_formula():
+    """Of all weights alike at first, then of the newest; and the model gets its own back."""
+    model = torch.nn.Linear(2, 1, bias=False)
+    average = run.WeightAverage(model, updates=4)
+    values = [1.0, 5.0, 3.0, 7.0, 2.0, 2.0]
+    expected = 0.0
+    for count, value in enumerate(values, 1):
+        torch.nn.init.constant_(model.weight, value)
+        average.update()
+        share = max(1 / count, 1 / 4)
+        expected += share * (value - expected)
+    with average.in_place():
+        assert close(model.weight, torch.full((1, 2), expected))
+        with pytest.raises(RuntimeError), average.in_place():
+            raise RuntimeError
+        assert close(model.weight, torch.full((1, 2), expected))
+    assert (model.weight == 2.0).all()
+
+
+@pytest.mark.parametrize("loop", ["raw", "lightning"])
+def test_averaged_weights_are_validated_and_the_others_trained(
+    prepared, loop, monkeypatch
+):
+    monkeypatch.setattr(run, "LOG_EVERY", 3)
+    plain, plain_progress, _ = fit(prepared, loop)
+    model, progress, _ = fit(prepared, loop, average=0.9)
+    assert same_weights(plain, model) and progress.train == plain_progress.train
+    assert progress.validation != plain_progress.validation
+    loader = data.make_loader(prepared.validation, 64, 0, shuffle=False)
+    with progress.averaged():
+        loss = run.validate(model, loader, contextlib.nullcontext())
+    assert progress.validation[-1] == (progress.step, loss)
+    assert not model.embedding.weight[0].any()  # the pad's row
+
+
+@pytest.mark.parametrize("loop", ["raw", "lightning"])
+def test_training_ends_when_patience_does(prepared, loop):
+    """Without learning no loss is better than the first."""
+    settings = {"learning_rate": 0.0, "max_epochs": 7, "patience": 2}
+    _, progress, _ = fit(prepared, loop, **settings)
+    batches = math.ceil(len(prepared.train) / 64)
+    assert progress.epoch == 3 and progress.step == 3 * batches
+    assert progress.best == (progress.validation[0][1], batches)
+    assert progress.total_steps == 7 * batches and progress.exit_code == 0
+
+
+@pytest.mark.parametrize("loop", ["raw", "lightning"])
+def test_the_best_weights_are_kept_and_the_last_beside_them(
+    loop, tmp_path, monkeypatch, capsys
+):
+    from safetensors.torch import load_file
+
+    losses, kept = iter([3.0, 2.0, 2.5]), []
+    end_epoch, write_best = run.Progress.end_epoch, run.write_best
+
+    def judge(self, loss: float) -> None:
+        end_epoch(self, next(losses))
+        kept.append(
+            {k: v.clone() for k, v in self._parts["model"].state_dict().items()}
+        )
+
+    def write(folder: Path, rank: int, weights: dict) -> None:
+        write_best(folder, rank, weights)
+        assert (folder / "best.pt").stat().st_size > 0
+
+    monkeypatch.setattr(run.Progress, "end_epoch", judge)
+    monkeypatch.setattr(run, "write_best", write)
+    more = ("--no-modlee", "--loop", loop, "--max-epochs", 3)
+    assert main(*SMALL, *more, "--output", tmp_path / "model") == 0
+    best = load_file(tmp_path / "model" / "model.safetensors")
+    last = load_file(tmp_path / "model" / "last.safetensors")
+    assert all(torch.equal(best[name], kept[1][name]) for name in best)
+    assert all(torch.equal(last[name], kept[2][name]) for name in last)
+    assert any(not torch.equal(best[name], last[name]) for name in best)
+    assert "validation 2.0000, the best, of step" in capsys.readouterr().out
+    metrics = json.loads((tmp_path / "model" / "metrics.json").read_text())
+    assert metrics["val_loss"] == 2.0 and metrics["best_step"] < metrics["steps"]
+
+
+@pytest.mark.parametrize("loop", ["raw", "lightning"])
+def test_a_run_is_seen_while_it_trains(loop, tmp_path, monkeypatch, capsys):
+    """Time left and samples on stderr, the picture, MLflow with the model folder, TensorBoard."""
+    mlflow = pytest.importorskip("mlflow")
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    drawn, draw = [], run.draw_curves
+
+    def look(path: Path, progress) -> None:
+        draw(path, progress)
+        drawn.append((path.parent.name, len(progress.bleu)))
+
+    monkeypatch.setattr(run, "draw_curves", look)
+    monkeypatch.setattr(run.Monitor, "REDRAWN", 0)
+    more = ("--loop", loop, "--max-epochs", 2, "--bleu-pairs", 7, "--batch-size", 16)
+    more += ("--mlruns", tmp_path / "mlruns", "--tensorboard", tmp_path / "tb")
+    output = tmp_path / "model"
+    assert main(*SMALL, *more, "--output", output) == 0
+    assert drawn == [("model.checkpoints", 1), ("model.checkpoints", 2)] + drawn[2:]
+    said = capsys.readouterr()
+    (line,) = [part for part in said.err.splitlines() if "epoch 1/2: train" in part]
+    assert re.search(r"validation \d.*BLEU .* of 7 pairs, 0:0\d:\d\d left", line)
+    assert not list(output.parent.glob("*.checkpoints"))
+    client = mlflow.MlflowClient(run.mlruns_folder(tmp_path / "mlruns").as_uri())
+    (found,) = client.search_runs(["0"])
+    assert found.info.status == "FINISHED"
+    assert found.data.params["max_epochs"] == "2"
+    curves = {
+        name: [
+            (point.step, point.value)
+            for point in client.get_metric_history(found.info.run_id, name)
+        ]
+        for name in (
+            "train/loss",
+            "train/learning_rate",
+            "validation/loss",
+            "validation/BLEU",
+        )
+    }
+    assert [len(curves[name]) for name in curves] == [3, 3, 2, 2]
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert curves["validation/loss"][-1] == (metrics["steps"], metrics["last_val_loss"])
+    assert found.data.metrics["final/bleu"] == metrics["bleu"]
+    root = Path(found.info.artifact_uri.removeprefix("file://"))
+    names = {path.name for path in output.iterdir()}
+    assert names == {path.name for path in (root / "model").iterdir()}
+    weights = (root / "model" / "model.safetensors", output / "model.safetensors")
+    assert weights[0].samefile(weights[1]) and (root / "loss.png").exists()
+    events = EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    for name, points in curves.items():
+        seen = [(event.step, event.value) for event in events.Scalars(name)]
+        assert [step for step, _ in seen] == [step for step, _ in points]
+        assert np.allclose([v for _, v in seen], [v for _, v in points])
+
+
+def test_a_broken_record_ends_no_training(tmp_path, capsys):
+    (tmp_path / "mlruns").write_text("no folder")
+    more = ("--loop", "raw", "--mlruns", tmp_path / "mlruns")
+    assert main(*SMALL, *more, "--output", tmp_path / "model") == 0
+    assert capsys.readouterr().err.count("note: no more records: MlflowRun") == 1
+
+
+def test_samples_change_nothing_that_is_learnt(tmp_path):
+    from safetensors.torch import load_file
+
+    weights = []
+    for pairs in (0, 5):
+        output = tmp_path / f"model-{pairs}"
+        more = ("--loop", "raw", "--dropout", 0.1, "--max-epochs", 2)
+        assert main(*SMALL, *more, "--bleu-pairs", pairs, "--output", output) == 0
+        weights.append(load_file(output / "model.safetensors"))
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_the_time_left_is_that_of_the_steps_to_come():
+    progress = run.Progress()
+    progress.step, progress.total_steps, progress.seconds = 100, 400, 1234.0
+    assert progress.time_left == "1:01:42"
+
+
+# ---- fair scores ------------------------------------------------------------------------------
+
+
+@hypothesis_settings(max_examples=50, deadline=None)
+@given(
+    strategies.lists(strategies.integers(0, 12), min_size=1, max_size=60),
+    strategies.integers(1, 8),
+    strategies.integers(1, 8),
+)
+def test_held_out_parts_have_their_size_and_share_no_group(groups, first, second):
+    groups = np.unique(groups, return_inverse=True)[1]
+    try:
+        parts = data.hold_out(groups, [first, second], seed=1)
+    except InputError:
+        return
+    assert [len(parts[0]), len(parts[1])] == [first, second] and len(parts[2])
+    assert sorted(np.concatenate(parts)) == list(range(len(groups)))
+    seen = [set(groups[rows]) for rows in parts]
+    assert not (seen[0] & seen[1] or seen[0] & seen[2] or seen[1] & seen[2])
+
+
+def test_split_files_are_trained_and_scored_on(tmp_path, capsys):
+    """No source sentence of validation or test is learnt, even if it is handed in."""
+    rows = list(data.phrasebook(400))
+    rows += [(source, target + "!") for source, target in rows[:50]]
+    pairs = write_pairs(tmp_path / "pairs.tsv", rows)
+    sizes = ("--validation", 30, "--test", 40)
+    assert main("split", "--dataset", pairs, *sizes, tmp_path / "parts") == 0
+    assert "30 validation, 40 test, 380 train pairs" in capsys.readouterr().out
+    parts = {
+        name: tmp_path / "parts" / f"{name}.tsv"
+        for name in ("train", "validation", "test")
+    }
+    texts = {name: read_all(path) for name, path in parts.items()}
+    assert sorted(itertools.chain(*texts.values())) == sorted(rows)
+    sources = {name: {source for source, _ in part} for name, part in texts.items()}
+    assert not sources["train"] & (sources["validation"] | sources["test"])
+    more = ("--dataset", pairs, "--validation-set", parts["validation"])
+    more += ("--test-set", parts["test"], "--cache", tmp_path / "cache")
+    more += ("--max-length", 200)
+    config = run.parse_command_line(list(map(str, (*SMALL[2:], *more))))[1]
+    for _ in range(2):  # anew, and from the cache
+        prepared = run.prepare_data(config)
+        assert (len(prepared.train), len(prepared.validation)) == (380, 30)
+        assert prepared.dropped["held out"] == 70
+        assert prepared.test_text["source"] == [source for source, _ in texts["test"]]
+        assert prepared.validation_text["target"] == [t for _, t in texts["validation"]]
+    other = dataclasses.replace(config, validation_set=(str(parts["test"]),))
+    assert len(run.prepare_data(other).validation) == 40
+    assert main("split", "--dataset", pairs, "--test", 450, tmp_path / "none") == 2
+    more = (*SMALL[2:], *more, "--beam", 2, "--loop", "raw", "--output", tmp_path / "m")
+    assert main(*more) == 0
+    assert "40 test pairs, beam 2" in capsys.readouterr().out
+
+
+def test_a_hub_data_set_is_validated_and_tested_on_its_own_splits(hub_home, tmp_path):
+    env = os.environ | {"HF_HOME": str(hub_home), "HF_HUB_OFFLINE": "1"}
+    more = ("--preset", "base", "--device", "cpu", *SMALL[2:], "--loop", "raw")
+    more += ("--beam", "1", "--batch-tokens", 500)
+    done = command(*more, "--output", tmp_path / "m", cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "m" / "metrics.json").read_text())
+    assert metrics["pairs"] == {"train": 190, "validation": 30}
+    assert metrics["dropped"]["held out"] == 10
+    assert metrics["scored"] == "test" and "40 test pairs, greedy" in done.stdout
+    missing = ("--validation-set", "dev", "--validation-size", 7)
+    done = command(*more, *missing, "--output", tmp_path / "n", cwd=tmp_path, env=env)
+    assert "note: wmt16 has no split 'dev': pairs are held out instead" in done.stderr
+    metrics = json.loads((tmp_path / "n" / "metrics.json").read_text())
+    assert metrics["pairs"] == {"train": 193, "validation": 7}
+
+
+def test_evaluate_compares_two_models_and_names_the_worst(folder, tmp_path, capsys):
+    rows = list(data.phrasebook(40, seed=3))
+    pairs = write_pairs(tmp_path / "pairs.tsv", rows)
+    out, table = tmp_path / "out.json", tmp_path / "worst.tsv"
+    more = ("--dataset", pairs, "--json", out, "--sentences", table)
+    assert main("evaluate", "--model", folder, *more, "--against", folder) == 0
+    found = json.loads(out.read_text())["against"]
+    assert set(found) == {"BLEU", "chrF"}
+    for metric in found.values():
+        assert metric["ours"][0] == metric["theirs"][0] and metric["p"] > 0.9
+    assert "could be chance" in capsys.readouterr().out
+    head, *lines = [line.split("\t") for line in table.read_text("utf-8").splitlines()]
+    assert head == ["chrF", "line", "source", "translation", "reference"]
+    assert [float(line[0]) for line in lines] == sorted(
+        float(line[0]) for line in lines
+    )
+    assert sorted((int(n), s, r) for _, n, s, _, r in lines) == [
+        (n, *row) for n, row in enumerate(rows, 1)
+    ]
+
+
+def test_a_better_system_is_better_by_more_than_chance():
+    references = [target for _, target in data.phrasebook(200)]
+    worse = [" ".join(reversed(text.split())) for text in references]
+    found = run.compare(references, worse, references)
+    assert found["BLEU"]["ours"][0] > 99 and found["BLEU"]["theirs"][0] < 50
+    assert found["BLEU"]["p"] < 0.05 and found["chrF"]["p"] < 0.05
+
+
 def test_clipping_bounds_the_gradient_norm():
     model = tiny_model()
     model(random_ids(2, 5), random_ids(2, 5)).sum().backward()
@@ -3136,19 +3415,19 @@ def hub_home(tmp_path_factory, phrases) -> Path:
     import datasets
 
     home = tmp_path_factory.mktemp("hub")
-    rows = [{"translation": {"ro": ro, "en": en}} for en, ro in phrases[:200]]
+    rows = [{"translation": {"ro": ro, "en": en}} for en, ro in phrases[:250]]
+    splits = {"train": rows[:200], "validation": rows[190:220], "test": rows[210:]}
     features = datasets.Features({"translation": datasets.Translation(["ro", "en"])})
     revision = "0" * 40
     for name in ("wmt16", "wmt___wmt16"):
         folder = home / "datasets" / name / "ro-en" / "0.0.0" / revision
         folder.mkdir(parents=True)
-        writer = datasets.arrow_writer.ArrowWriter(
-            path=str(folder / "wmt16-train.arrow"), features=features
-        )
-        for row in rows:
-            writer.write(row)
-        writer.finalize()
-        split = {"name": "train", "num_bytes": 1, "num_examples": 200}
+        for split, part in splits.items():
+            path = str(folder / f"wmt16-{split}.arrow")
+            writer = datasets.arrow_writer.ArrowWriter(path=path, features=features)
+            for row in part:
+                writer.write(row)
+            writer.finalize()
         info = {
             "features": {
                 "translation": {"languages": ["ro", "en"], "_type": "Translation"}
@@ -3157,7 +3436,15 @@ def hub_home(tmp_path_factory, phrases) -> Path:
             "dataset_name": "wmt16",
             "config_name": "ro-en",
             "version": {"version_str": "0.0.0", "major": 0, "minor": 0, "patch": 0},
-            "splits": {"train": {**split, "dataset_name": "wmt16"}},
+            "splits": {
+                split: {
+                    "name": split,
+                    "num_bytes": 1,
+                    "num_examples": len(part),
+                    "dataset_name": "wmt16",
+                }
+                for split, part in splits.items()
+            },
         }
         (folder / "dataset_info.json").write_text(json.dumps(info))
     model = home / "hub" / "models--t5-small"
