@@ -5046,8 +5046,8 @@ def evaluate(config: EvaluateConfig) -> int:
 
 
 def compare(ours: list[str], theirs: list[str], references: list[str]) -> dict:
-    """Paired bootstrap resampling (Koehn 2004), by sacreBLEU: metric -> the scores of both with
-    95 % intervals, and p, the probability of such a difference by chance."""
+    """Paired bootstrap resampling (Koehn 2004), by sacreBLEU: metric -> both scores, each with
+    half its 95 % interval, and p, the probability of such a difference by chance."""
     from sacrebleu.metrics import BLEU, CHRF
     from sacrebleu.significance import PairedTest
 
@@ -5061,18 +5061,17 @@ def compare(ours: list[str], theirs: list[str], references: list[str]) -> dict:
     found.pop("System")
     report = {}
     for name, (key, (baseline, mine)) in zip(metrics, found.items()):
-        report[name] = {
-            "ours": [mine.score, mine.mean, mine.ci],
-            "theirs": [baseline.score, baseline.mean, baseline.ci],
-            "p": mine.p_value,
-            "signature": str(signatures[key]),
-        }
+        # Of equal systems it would say that their difference of nothing is none of chance's.
+        p = 1.0 if ours == theirs else float(mine.p_value)
+        report[name] = {"p": p, "signature": str(signatures[key])}
+        for side, result in (("ours", mine), ("theirs", baseline)):
+            report[name][side] = [float(v) for v in (result.score, result.ci)]
     return report
 
 
 def say_comparison(name: str, report: dict) -> None:
     for metric, found in report.items():
-        (ours, _, our_ci), (theirs, _, their_ci) = found["ours"], found["theirs"]
+        (ours, our_ci), (theirs, their_ci) = found["ours"], found["theirs"]
         verdict = "more than chance" if found["p"] < 0.05 else "could be chance"
         say(
             metric,
