@@ -20,13 +20,16 @@ import os
 import pickle
 import random
 import re
+import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -3634,3 +3637,136 @@ def test_pushing_to_a_dead_server_does_not_lose_the_run(recorded, capsys, monkey
     assert "uploading" in out.out and "not uploaded" in out.out
     assert "secret-key-7f3a" not in out.out + out.err
     assert not list((folder / "work").iterdir())
+
+
+# ---- the README -------------------------------------------------------------------------------
+
+README = (HERE / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"), [(0, ["reward", "desserts", "noitalsnart"]), (1, ["[("])]
+)
+def test_the_code_in_the_readme_runs_as_printed(number, expected, tmp_path):
+    """The first piece with `positional.py` and `seq2seq.py` alone."""
+    code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[number]
+    files = ("positional.py", "seq2seq.py", "data.py", "run.py")
+    for name in files[: 2 if number == 0 else 4]:
+        shutil.copy(HERE / name, tmp_path)
+    (tmp_path / "copied.py").write_text(code, encoding="utf-8")
+    done = python("copied.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(expected), lines
+    assert all(line.startswith(word) for line, word in zip(lines, expected)), lines
+    if number == 1:
+        losses = [
+            loss
+            for _, loss in json.loads(
+                re.sub("[()]", lambda m: {"(": "[", ")": "]"}[m[0]], lines[0])
+            )
+        ]
+        assert losses[-1] < losses[0] < math.log(28)
+
+
+def readme_commands() -> list[str]:
+    """What stands in the README's indented lines, but for the two commands that `.ci/run` runs."""
+    lines = re.findall(r"^    ((?:\w+=\w+ )?\.venv/bin/.*)$", README, re.MULTILINE)
+    return [line.split("  #")[0] for line in lines if "pip install" not in line]
+
+
+@pytest.fixture(scope="module")
+def workshop(folder, hub_home, tmp_path_factory) -> Path:
+    """A folder with all the files that the README's commands name."""
+    root = tmp_path_factory.mktemp("readme")
+    (root / "results").mkdir()
+    for name in ("NAME", "OTHER"):
+        shutil.copytree(folder, root / "runs" / name)
+    write_pairs(root / "pairs.tsv", list(data.phrasebook(400, seed=5)))
+    for part in ("train", "validation", "test"):
+        write_pairs(root / f"{part}.tsv", list(data.phrasebook(300, seed=len(part))))
+    (root / "lines.en").write_text("I see a dog.\n\nThe cat sleeps.\n")
+    return root
+
+
+def test_every_command_of_the_readme_is_known():
+    commands = readme_commands()
+    assert len(commands) > 15
+    for line in commands:
+        if " run.py" in line:
+            words = re.split(r" run\.py ?", line.split(" < ")[0], maxsplit=1)[1]
+            run.parse_command_line(shlex.split(words.replace("KIND", "none")))
+
+
+@pytest.mark.parametrize("line", [c for c in readme_commands() if " bench" not in c])
+def test_every_command_of_the_readme_runs(line, workshop, hub_home):
+    """Made small by flags at its end; `bench` has tests of its own and runs in `.ci/run`."""
+    line = line.replace(".venv/bin/python", sys.executable)
+    line = line.replace(
+        ".venv/bin/torchrun", f"{sys.executable} -m torch.distributed.run"
+    )
+    line = line.replace(".venv/bin/mlflow", f"{sys.executable} -m mlflow")
+    env = os.environ | {"HF_HOME": str(hub_home), "HF_HUB_OFFLINE": "1"}
+    env["PYTHONPATH"] = str(HERE)
+    line = line.replace(" run.py", f" {HERE / 'run.py'}")
+    if "mlflow" in line:
+        look_at_mlflow(line, workshop, env)
+        return
+    is_training = not re.search(r"run\.py (translate|evaluate|export|split)", line)
+    if "--resume" in line:
+        interrupt(workshop / "runs" / "NAME")
+    elif is_training:
+        line += " " + " ".join(map(str, SMALL)) + " --no-modlee --device cpu --beam 1"
+    done = subprocess.run(
+        line,
+        shell=True,
+        cwd=workshop,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def interrupt(output: Path) -> None:
+    """Leave the checkpoints of a run that was killed."""
+
+    def die(self, *arguments) -> None:
+        raise MemoryError
+
+    shutil.rmtree(output)
+    more = ("--no-modlee", "--loop", "raw", "--checkpoint-every", 3)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(run.Progress, "end_epoch", die)
+        main(*SMALL, *more, "--cache", output.parent / "cache", "--output", output)
+
+
+def look_at_mlflow(line: str, root: Path, env: dict) -> None:
+    """The server starts, and its page is there."""
+    pytest.importorskip("mlflow")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen(
+        f"exec env {line} --port {port} --workers 1",
+        shell=True,
+        cwd=root,
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        for _ in range(600):
+            assert server.poll() is None
+            with contextlib.suppress(OSError):
+                page = urllib.request.urlopen(f"http://127.0.0.1:{port}/").read()
+                assert b"mlflow" in page.lower()
+                return
+            time.sleep(0.1)
+        pytest.fail("no answer")
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
