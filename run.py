@@ -2,18 +2,21 @@
 
     python run.py                                    the demo: built-in corpus, a few minutes, no network
     python run.py --preset tutorial                  Modlee's Text2Text settings, with a correct model
-    python run.py --dataset pairs.tsv --tokenizer train:8000 --max-epochs 10
+    python run.py --preset small --dataset pairs.tsv 20,000 pairs of real sentences, 20 minutes
+    python run.py --preset base                      WMT16, 610,000 pairs, on a GPU
     python run.py --loop raw                         the hand-written loop over the same model
     python run.py --resume runs/NAME.checkpoints     a run that was stopped or killed goes on
     python run.py --devices 2                        on two devices; or by torchrun
     python run.py translate --model DIR              lines on stdin -> lines on stdout
     python run.py evaluate --model DIR --dataset pairs.tsv
+    python run.py split --dataset pairs.tsv OUT      the same train, validation and test for all
     python run.py export --model DIR --to hf OUT     the same model for transformers and CTranslate2
     python run.py bench                              what Lightning and Modlee cost per step
     python run.py bench decode --model DIR           decoding speed beside theirs
 
 The file reads from top to bottom: settings and command line, what both loops share, the raw loop,
-the Lightning loop, Modlee, the model folder, export, translating, bench, and the other commands.
+the Lightning loop, Modlee, the model folder, what is seen of a run, export, translating, bench, and
+the other commands.
 """
 
 import os
@@ -2094,8 +2097,13 @@ class Monitor:
     def __init__(self, config: TrainConfig, folder: Path, prepared: data.Data):
         """folder: where loss.png goes."""
         self.config, self.folder, self.tokenizer = config, folder, prepared.tokenizer
-        text, count = prepared.validation_text, config.bleu_pairs
-        self.sources, self.references = text["source"][:count], text["target"][:count]
+        # From all over the set, which may have been put together from several.
+        count = len(prepared.validation_text["source"])
+        rows = np.linspace(0, count - 1, min(config.bleu_pairs, count)).astype(int)
+        self.sources, self.references = (
+            [prepared.validation_text[side][row] for row in rows]
+            for side in ("source", "target")
+        )
         if config.strategy == "fsdp":  # no process has a whole model to translate with
             self.sources = []
         self.recorders = []
