@@ -1466,6 +1466,11 @@ def train_lightning(
     import logging
     import warnings
 
+    progress = adapter.progress
+    if progress.epoch >= config.max_epochs:  # resumed after the last step of all
+        progress.begin(progress.step, model=adapter.model)
+        return
+
     import_lightning()
     from lightning.pytorch import Trainer
     from lightning.pytorch.callbacks import TQDMProgressBar
@@ -1498,8 +1503,8 @@ def train_lightning(
     if config.strategy == "fsdp":
         settings["strategy"] = fsdp_strategy()
     trainer = Trainer(**(settings | changes))
-    if adapter.progress.step:
-        continue_from(adapter.progress, trainer)
+    if progress.step:
+        continue_from(progress, trainer)
     with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
         # Collating a few rows takes less than handing them over from a process.
         warnings.filterwarnings("ignore", ".*does not have many workers.*")

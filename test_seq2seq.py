@@ -2969,9 +2969,7 @@ def test_the_best_weights_are_kept_and_the_last_beside_them(
 def test_a_run_is_seen_while_it_trains(loop, tmp_path, monkeypatch, capsys):
     """Time left and samples on stderr, the picture, MLflow with the model folder, TensorBoard."""
     mlflow = pytest.importorskip("mlflow")
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
+    has_tensorboard = run.find_spec("tensorboard") is not None
     drawn, draw = [], run.draw_curves
 
     def look(path: Path, progress) -> None:
@@ -2981,7 +2979,8 @@ def test_a_run_is_seen_while_it_trains(loop, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run, "draw_curves", look)
     monkeypatch.setattr(run.Monitor, "REDRAWN", 0)
     more = ("--loop", loop, "--max-epochs", 2, "--bleu-pairs", 7, "--batch-size", 16)
-    more += ("--mlruns", tmp_path / "mlruns", "--tensorboard", tmp_path / "tb")
+    more += ("--mlruns", tmp_path / "mlruns")
+    more += ("--tensorboard", tmp_path / "tb") if has_tensorboard else ()
     output = tmp_path / "model"
     assert main(*SMALL, *more, "--output", output) == 0
     assert drawn == [("model.checkpoints", 1), ("model.checkpoints", 2)] + drawn[2:]
@@ -3014,6 +3013,12 @@ def test_a_run_is_seen_while_it_trains(loop, tmp_path, monkeypatch, capsys):
     assert names == {path.name for path in (root / "model").iterdir()}
     weights = (root / "model" / "model.safetensors", output / "model.safetensors")
     assert weights[0].samefile(weights[1]) and (root / "loss.png").exists()
+    if not has_tensorboard:
+        assert main(*SMALL, "--tensorboard", tmp_path / "tb") == 2
+        assert "pip install tensorboard" in capsys.readouterr().err
+        return
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     events = EventAccumulator(str(tmp_path / "tb"))
     events.Reload()
     for name, points in curves.items():
