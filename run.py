@@ -1086,6 +1086,10 @@ def raise_interrupted(number: int, frame) -> typing.NoReturn:
 # ---- the raw loop -----------------------------------------------------------------------------
 
 
+# The first process translates samples, which may make its position table longer than the others'.
+DDP_OPTIONS = {"broadcast_buffers": False}
+
+
 def train_raw(
     model: nn.Module,
     train_loader,
@@ -1108,7 +1112,9 @@ def train_raw(
     optimizer = build_optimizer(model, config)
     total_steps = config.max_epochs * math.ceil(batches / accumulate)
     schedule = build_schedule(optimizer, config, total_steps)
-    network = DistributedDataParallel(model) if sampler.world > 1 else model
+    network = model
+    if sampler.world > 1:
+        network = DistributedDataParallel(model, **DDP_OPTIONS)
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
     progress.begin(total_steps, **parts, scaler=scaler)
     for epoch in range(progress.epoch, config.max_epochs):
@@ -1474,6 +1480,7 @@ def train_lightning(
     import_lightning()
     from lightning.pytorch import Trainer
     from lightning.pytorch.callbacks import TQDMProgressBar
+    from lightning.pytorch.strategies import DDPStrategy
 
     for name in ("lightning.pytorch", "pytorch_lightning"):  # it logs under either
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -1489,7 +1496,7 @@ def train_lightning(
         "accelerator": "gpu" if device.type == "cuda" else device.type,
         "devices": here,
         "num_nodes": config.devices // here,
-        "strategy": "ddp" if config.devices > 1 else "auto",
+        "strategy": DDPStrategy(**DDP_OPTIONS) if config.devices > 1 else "auto",
         "precision": LIGHTNING_PRECISION[config.precision],
         "max_epochs": config.max_epochs,
         "accumulate_grad_batches": config.accumulate,
@@ -2164,12 +2171,12 @@ class Monitor:
         self._tell("keep", folder, metrics)
 
     @contextlib.contextmanager
-    def recording(self) -> Iterator[None]:
+    def recording(self, progress: Progress) -> Iterator[None]:
         """What happens meanwhile is the run."""
         state = "FAILED"
         try:
             yield
-            state = "FINISHED"
+            state = "KILLED" if progress.stop else "FINISHED"
         finally:
             self._tell("end", state)
 
@@ -4513,26 +4520,8 @@ def train(config: TrainConfig) -> int:
     use_tensor_cores(device)
     with first_before_others(rank, world):
         prepared = prepare_data(config)
-    tokenizer = prepared.tokenizer
-    model = build_model(config, tokenizer).to(device)
-    model_config = model.config
-    # Tensor cores and compilers like round numbers; learned positions have no row to spare.
-    rounds = device.type == "cuda" or config.compile
-    multiple = 8 if rounds and config.positional != "learned" else 1
-    loaders = [
-        data.make_loader(
-            part,
-            config.batch_size,
-            model_config.pad_id,
-            config.seed,
-            shuffle,
-            rank,
-            world,
-            config.batch_tokens,
-            multiple,
-        )
-        for part, shuffle in ((prepared.train, True), (prepared.validation, False))
-    ]
+    model = build_model(config, prepared.tokenizer).to(device)
+    loaders = build_loaders(config, prepared, model.config.pad_id, device, rank)
     metrics = describe_run(config, prepared, model, loaders[0], device)
     digest = prepared.train.digest()
     interval = config.checkpoint_interval()
@@ -4555,45 +4544,29 @@ def train(config: TrainConfig) -> int:
         progress.load(state)
         loaders[0].batch_sampler.start_at(progress.epoch, progress.batch)
         say("resumed", f"after step {progress.step} of {config.output}")
-    with (
-        monitor.recording() if monitor else contextlib.nullcontext(),
-        noticing_lost_processes(progress),
-        progress.interruptible(),
-    ):
-        if config.loop == "raw":
-            record = None
-            train_alone(model, loaders, config, progress)
-        else:
-            is_whole = config.strategy != "fsdp"
-            if rank == 0 and not is_whole:
-                say("modlee", "off: it looks at whole models")
-            record = start_modlee(config, prepared) if rank == 0 and is_whole else None
-            model = train_adapter(model, loaders, config, progress, record, device)
-        progress.flush()
-        if rank > 0:
-            return progress.exit_code
-        batches = len(loaders[0])
-        metrics |= describe_training(progress, record, prepared, batches, config)
-        best = None
-        if (
-            progress.validation
-            and not progress.stop
-            and progress.best[1] < progress.step
-        ):
-            best = read_state(checkpoints / "best.pt")
-            best = best and {name: part.to(device) for name, part in best.items()}
-        with progress.averaged():
+    with monitor.recording(progress) if monitor else contextlib.nullcontext():
+        with noticing_lost_processes(progress), progress.interruptible():
+            model, record = fit(model, loaders, config, prepared, progress, rank)
+            progress.flush()
+            if rank > 0:
+                return progress.exit_code
+            batches = len(loaders[0])
+            metrics |= describe_training(progress, record, prepared, batches, config)
             # Before it is scored: an interrupted evaluation loses no training. Until then the
             # folder counts as that of an interrupted run, which `--resume` may replace.
             unscored = metrics | {"interrupted": True}
-            save_model(output, model, tokenizer, config, unscored, progress, best)
-            if progress.stop:
-                say("stopped", f"after step {progress.step}; its state is in {output}")
-                if progress.checkpoint:
-                    last = progress.checkpoint.parent
-                    print(f"\nnext:  python run.py --resume {last}")
-                return progress.exit_code
-            say_trained(progress, metrics)
+            best = best_weights(checkpoints, progress, device)
+            tokenizer = prepared.tokenizer
+            with progress.averaged():
+                save_model(output, model, tokenizer, config, unscored, progress, best)
+        if progress.stop:
+            say("stopped", f"after step {progress.step}; its state is in {output}")
+            if progress.checkpoint:
+                last = progress.checkpoint.parent
+                print(f"\nnext:  python run.py --resume {last}")
+            return progress.exit_code
+        say_trained(progress, metrics)
+        with progress.averaged():
             score_model(model, prepared, config, metrics)
         write_json(output / "metrics.json", metrics)
         monitor.keep(output, metrics)
@@ -4607,34 +4580,69 @@ def train(config: TrainConfig) -> int:
     return 0
 
 
-def train_alone(model, loaders, config: TrainConfig, progress: Progress) -> None:
-    """The raw loop, with what the command line says around it."""
-    say("modlee", "off: the raw loop does without")
-    if config.compile:
-        compile_model(model)
-    train_raw(model, *loaders, config, progress)
-    if progress.stop:
-        progress.save()
-    if graphs := count_graphs():
-        say("compiled", f"{graphs} graphs, whatever the shapes of the batches")
+def build_loaders(
+    config: TrainConfig, prepared: data.Data, pad_id: int, device, rank: int
+) -> list:
+    """Of training and of validation batches, for one of the processes."""
+    # Tensor cores and compilers like round numbers; learned positions have no row to spare.
+    rounds = device.type == "cuda" or config.compile
+    multiple = 8 if rounds and config.positional != "learned" else 1
+    return [
+        data.make_loader(
+            part,
+            config.batch_size,
+            pad_id,
+            config.seed,
+            shuffle,
+            rank,
+            config.devices,
+            config.batch_tokens,
+            multiple,
+        )
+        for part, shuffle in ((prepared.train, True), (prepared.validation, False))
+    ]
 
 
-def train_adapter(
-    model, loaders, config: TrainConfig, progress: Progress, record, device
-) -> nn.Module:
-    """Lightning's loop. Returns the model, which FSDP has put together anew."""
+def fit(model, loaders, config: TrainConfig, prepared: data.Data, progress, rank: int):
+    """Train with the loop that is asked for. Returns (the model, which FSDP has put together anew,
+    Modlee's record or None)."""
+    device = next(model.parameters()).device
+    if config.loop == "raw":
+        say("modlee", "off: the raw loop does without")
+        if config.compile:
+            compile_model(model)
+        train_raw(model, *loaders, config, progress)
+        if progress.stop:
+            progress.save()
+        if graphs := count_graphs():
+            say("compiled", f"{graphs} graphs, whatever the shapes of the batches")
+        return model, None
+    record = None
+    if config.strategy == "fsdp":
+        say("modlee", "off: it looks at whole models")
+    elif rank == 0:
+        record = start_modlee(config, prepared)
     base = modlee_base() if record else import_lightning().LightningModule
     adapter = adapter_class(base)(dataclasses.asdict(model.config), model)
     adapter.attach(config, progress)
 
-    def fit() -> None:
+    def train() -> None:
         train_lightning(adapter, *loaders, config, device)
 
-    record.fit(adapter, fit) if record else fit()
+    record.fit(adapter, train) if record else train()
     if adapter.whole:
         model = TransformerSeq2SeqModel(**dataclasses.asdict(model.config))
         model.load_state_dict(adapter.whole)
-    return model.to(device)  # Lightning takes it to the CPU at the end
+    return model.to(device), record  # Lightning takes it to the CPU at the end
+
+
+def best_weights(folder: Path, progress: Progress, device) -> dict | None:
+    """Those of the best validation; None where the last was the best, or there was none."""
+    is_last = not progress.validation or progress.best[1] == progress.step
+    if progress.stop or is_last:
+        return None
+    best = read_state(folder / "best.pt")
+    return best and {name: weight.to(device) for name, weight in best.items()}
 
 
 def say_trained(progress: Progress, metrics: dict) -> None:
@@ -5091,6 +5099,7 @@ def say_comparison(name: str, report: dict) -> None:
             f"{ours:.2f} ± {our_ci:.2f}, {name} {theirs:.2f} ± {their_ci:.2f}: "
             f"{ours - theirs:+.2f}, p = {found['p']:.3f}, {verdict}",
         )
+        say("", found["signature"])
 
 
 def write_sentences(path: Path, sources, hypotheses, references) -> None:
