@@ -22,7 +22,6 @@ import os
 import random
 import re
 import ssl
-import sys
 import threading
 import unicodedata
 import urllib.error
@@ -246,8 +245,8 @@ def hub_reachable(seconds: float = 5.0) -> bool:
     return bool(answers)
 
 
-def _hub_table(name: str, subset: str | None, split: str):
-    """A split of a data set on the hub, as a `datasets.Dataset`."""
+def _hub_table(name: str, subset: str | None, split: str | None):
+    """A split of a data set on the hub, as a `datasets.Dataset`; None: all of them by name."""
     online = hub_reachable()
     import datasets
 
@@ -266,18 +265,9 @@ def _hub_table(name: str, subset: str | None, split: str):
         ) from None
 
 
-def has_split(dataset: list[str], subset: str | None, split: str) -> bool:
-    """Whether a hub data set has this split; says so on stderr where it has not."""
-    try:
-        _hub_table(dataset[0], subset, split)
-    except InputError:
-        _hub_table(dataset[0], subset, "train")  # raises where nothing is to be had
-        print(
-            f"note: {dataset[0]} has no split {split!r}: pairs are held out instead",
-            file=sys.stderr,
-        )
-        return False
-    return True
+def has_split(name: str, subset: str | None, split: str) -> bool:
+    """Whether a hub data set has this split, such as validation[:50%]. Raises InputError."""
+    return split.partition("[")[0] in _hub_table(name, subset, None)
 
 
 def _hub_rows(

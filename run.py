@@ -578,7 +578,7 @@ def resumed_settings(given: dict) -> dict:
     except (OSError, ValueError, KeyError):
         raise ValueError(f"--resume: no checkpoints in {given['resume']}") from None
     for name in ("dataset", "validation_set", "test_set"):
-        settings[name] = settings[name] and tuple(settings[name])
+        settings[name] = settings.get(name) and tuple(settings[name])
     differ = [
         f"--{name.replace('_', '-')} (was {settings.get(name)})"
         for name, value in given.items()
@@ -599,6 +599,10 @@ if __name__ == "__main__":
 # Memory in large pages, which torch asks Linux for if told so before it starts. A training step on
 # a CPU takes a few per cent less; new memory, page by page, costs more than many an operation on it.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+# MLflow 3 reports its use to its makers unless told not to, and wants a database in place of the
+# folder of files that Modlee writes to.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
 
 import numpy as np
 import torch
@@ -791,19 +795,17 @@ class Progress:
         save: Callable[[dict], Path] | None = None,
         every: tuple[float, float] = (math.inf, math.inf),
         on_oom: str = "stop",
-        average: float = 0.0,
-        patience: int | None = None,
         keep_best: Callable[[dict], object] | None = None,
         watch: Callable[["Progress", nn.Module], None] | None = None,
     ) -> None:
         """save: writes a checkpoint and returns its path; called every so many (steps, seconds).
         on_oom: a batch for which memory does not suffice may "stop" the run or be "skip"ped.
-        average, patience: see `TrainConfig`. keep_best: writes the weights whenever none were
-        better. watch: called after each validation."""
+        keep_best: writes {"weights", "best"} whenever no weights were better. watch: called after
+        each validation."""
         self.overflows, self._save, self._every = overflows, save, every
         self.on_oom, self.left_out = on_oom, 0
-        self._share, self._average = average, None
-        self._patience, self._keep_best, self._watch = patience, keep_best, watch
+        self._average: WeightAverage | None = None
+        self._keep_best, self._watch = keep_best, watch
         self.step = self.epoch = self.batch = self.total_steps = 0
         self.train: list[tuple[int, float]] = []
         self.validation: list[tuple[int, float]] = []
@@ -831,12 +833,12 @@ class Progress:
             self.sums = [0.0, 0]  # those of all processes count once
         self._loaded = state
 
-    def begin(self, total_steps: int, **parts) -> None:
+    def begin(self, config: TrainConfig, total_steps: int, **parts) -> None:
         """The first step of so many is about to run. parts: model, optimizer and so on, by name:
         what belongs into a checkpoint, and is put back from a loaded one."""
         self._parts, self.total_steps = parts, total_steps
-        if self._share:
-            updates = self._share * total_steps / LOG_EVERY
+        if config.average:
+            updates = config.average * total_steps / LOG_EVERY
             self._average = parts["average"] = WeightAverage(parts["model"], updates)
         for name in parts.keys() & self._loaded.keys():
             parts[name].load_state_dict(self._loaded.pop(name))
@@ -884,11 +886,10 @@ class Progress:
         """An optimizer step was done. Returns the loss since the last point where one is due."""
         self.step += 1
         self.seconds = time.perf_counter() - self._started
-        point = None
-        if self.step % LOG_EVERY == 0:
-            point = self.flush()
-            if self._average:
-                self._average.update()
+        is_due = self.step % LOG_EVERY == 0
+        point = self.flush() if is_due else None
+        if self._average and (is_due or self.batch == self._batches):
+            self._average.update()
         if self.step % self._every[0] == 0:
             self._due = True
         if self._due and self.batch < self._batches:  # else after the validation
@@ -958,7 +959,9 @@ class Progress:
     def averaged(self):
         """The context in which the model has the weights to judge and to keep: the averaged ones,
         if weights are averaged."""
-        return self._average.in_place() if self._average else contextlib.nullcontext()
+        if self._average and self._average.count:
+            return self._average.in_place()
+        return contextlib.nullcontext()
 
     def end_epoch(self, validation_loss: float) -> None:
         """The epoch's last step was done and the model, with `averaged` weights, validated."""
@@ -971,17 +974,19 @@ class Progress:
             if validation_loss < self.best[0]:
                 self.best = (validation_loss, self.step)
                 if self._keep_best:
-                    self._keep_best(model.state_dict())
+                    weights = model.state_dict()
+                    self._keep_best({"weights": weights, "best": self.best})
             if self._watch:
+                started = time.perf_counter()
                 self._watch(self, model)
+                self._started += time.perf_counter() - started
         if self._due:
             self.save()
 
-    @property
-    def out_of_patience(self) -> bool:
+    def has_lost_patience(self, config: TrainConfig) -> bool:
         """Whether the loss has not improved for as many validations as there is patience for."""
         worse = sum(step > self.best[1] for step, _ in self.validation)
-        return self._patience is not None and worse >= self._patience
+        return config.patience is not None and worse >= config.patience
 
     @property
     def time_left(self) -> str:
@@ -1035,13 +1040,13 @@ class WeightAverage:
         """updates: how many of the newest weigh about two thirds."""
         self._parameters = list(model.parameters())
         self._averages = [weight.detach().clone() for weight in self._parameters]
-        self._decay, self._count = max(0.0, 1 - 1 / updates), 0
+        self._decay, self.count = 1 - 1 / max(updates, 1), 0
 
     @torch.no_grad()
     def update(self) -> None:
-        self._count += 1
+        self.count += 1
         # At first the average is of few, or the random weights of the start would linger.
-        decay = min(self._decay, 1 - 1 / self._count)
+        decay = min(self._decay, 1 - 1 / self.count)
         torch._foreach_lerp_(self._averages, self._parameters, 1 - decay)
 
     @contextlib.contextmanager
@@ -1059,10 +1064,10 @@ class WeightAverage:
             self._averages[number], parameter.data = parameter.data, average
 
     def state_dict(self) -> dict:
-        return {"averages": self._averages, "count": self._count}
+        return {"averages": self._averages, "count": self.count}
 
     def load_state_dict(self, state: dict) -> None:
-        self._count = state["count"]
+        self.count = state["count"]
         for average, saved in zip(self._averages, state["averages"]):
             average.copy_(saved)
 
@@ -1116,8 +1121,10 @@ def train_raw(
     if sampler.world > 1:
         network = DistributedDataParallel(model, **DDP_OPTIONS)
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    progress.begin(total_steps, **parts, scaler=scaler)
+    progress.begin(config, total_steps, **parts, scaler=scaler)
     for epoch in range(progress.epoch, config.max_epochs):
+        if progress.stop or progress.has_lost_patience(config):
+            return
         sampler.set_epoch(epoch)
         model.train()
         first, silent = progress.batch, sampler.rank > 0
@@ -1161,8 +1168,6 @@ def train_raw(
         with progress.averaged():
             loss = validate(model, validation_loader, in_precision)
         progress.end_epoch(loss)
-        if progress.out_of_patience:
-            return
 
 
 def prefetch(loader, device: torch.device) -> Iterator[list[Tensor]]:
@@ -1313,7 +1318,8 @@ def adapter_class(base: type) -> type:
             }
             if scaler := getattr(self.trainer.precision_plugin, "scaler", None):
                 parts["scaler"] = scaler
-            self.progress.begin(self.trainer.estimated_stepping_batches, **parts)
+            total_steps = self.trainer.estimated_stepping_batches
+            self.progress.begin(self.run_config, total_steps, **parts)
 
         def training_step(self, batch, batch_idx):
             config, sampler = (
@@ -1371,7 +1377,7 @@ def adapter_class(base: type) -> type:
             # It is the mean over all processes already.
             self.log("val_loss", loss, prog_bar=True, rank_zero_only=True)
             self.progress.end_epoch(loss)
-            if self.progress.out_of_patience:
+            if self.progress.stop or self.progress.has_lost_patience(self.run_config):
                 self.trainer.should_stop = True
 
     return TextToTextAdapter
@@ -1473,9 +1479,9 @@ def train_lightning(
     import warnings
 
     progress = adapter.progress
-    if progress.epoch >= config.max_epochs:  # resumed after the last step of all
-        progress.begin(progress.step, model=adapter.model)
-        return
+    if progress.epoch >= config.max_epochs or progress.has_lost_patience(config):
+        progress.begin(config, progress.step, model=adapter.model)
+        return  # it was resumed after its last step of all
 
     import_lightning()
     from lightning.pytorch import Trainer
@@ -1826,7 +1832,9 @@ def modlee_tokenizer(own) -> tuple[str, object]:
 
 
 # ---- the model folder -------------------------------------------------------------------------
-# model.safetensors, config.json, the tokenizer's files, metrics.json, loss.png
+# model.safetensors, config.json, the tokenizer's files, metrics.json, loss.png; last.safetensors
+# where the last weights were not the best. Beside it, while it trains, NAME.checkpoints: states,
+# best.pt, loss.png.
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -1974,7 +1982,7 @@ def read_state(path: Path) -> dict | None:
 def read_checkpoint(folder: Path, digest: str) -> dict:
     """The newest state that can be read. Raises InputError."""
     if json.loads((folder / "settings.json").read_text("utf-8"))["data"] != digest:
-        raise InputError(f"the training pairs are not those of {folder}")
+        raise InputError(f"the pairs are not those of {folder}")
     for path in sorted(folder.glob("step-*.pt"), reverse=True):
         if (state := read_state(path)) is not None:
             return state
@@ -2104,27 +2112,24 @@ class Monitor:
     stderr, the curves in loss.png, and all points in MLflow and, where asked for, TensorBoard."""
 
     SAMPLES = 2
-    REDRAWN = 10  # seconds between two versions of the picture
 
     def __init__(self, config: TrainConfig, folder: Path, prepared: data.Data):
         """folder: where loss.png goes."""
-        self.config, self.folder, self.tokenizer = config, folder, prepared.tokenizer
+        self.config, self.tokenizer = config, prepared.tokenizer
         # From all over the set, which may have been put together from several.
         count = len(prepared.validation_text["source"])
         rows = np.linspace(0, count - 1, min(config.bleu_pairs, count)).astype(int)
+        if config.strategy == "fsdp":  # no process has a whole model to translate with
+            rows = []
         self.sources, self.references = (
             [prepared.validation_text[side][row] for row in rows]
             for side in ("source", "target")
         )
-        if config.strategy == "fsdp":  # no process has a whole model to translate with
-            self.sources = []
-        self.recorders = []
+        self.recorders = [Picture(folder / "loss.png")]
         if config.mlruns != "none" and find_spec("mlflow"):
             self.recorders.append(MlflowRun(config))
         if config.tensorboard is not None:
-            self.recorders.append(TensorBoard(config.tensorboard))
-        self.sent: dict[str, int] = {}
-        self.drawn = -math.inf
+            self.recorders.append(TensorBoard(config))
 
     def __call__(self, progress: Progress, model: nn.Module) -> None:
         from tqdm import tqdm
@@ -2146,25 +2151,11 @@ class Monitor:
             for source, target in list(zip(self.sources, found))[: self.SAMPLES]:
                 samples += f"\n    {source}\n    {target}"
         tqdm.write(f"{said}{progress.time_left} left{samples}", file=sys.stderr)
-        self.record(progress)
-        if time.perf_counter() - self.drawn > self.REDRAWN:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            draw_curves(self.folder / "loss.png", progress)
-            self.drawn = time.perf_counter()
+        self.update(progress)
 
-    def record(self, progress: Progress) -> None:
-        """Send what is new."""
-        curves = {
-            "train/loss": progress.train,
-            "train/learning_rate": progress.rates,
-            "validation/loss": progress.validation,
-            "validation/BLEU": progress.bleu,
-        }
-        for name, points in curves.items():
-            new = points[self.sent.get(name, 0) :]
-            if new:
-                self._tell("add", name, new)
-            self.sent[name] = len(points)
+    def update(self, progress: Progress) -> None:
+        """Record what is new."""
+        self._tell("update", progress)
 
     def keep(self, folder: Path, metrics: dict) -> None:
         """The model folder is complete."""
@@ -2177,6 +2168,9 @@ class Monitor:
         try:
             yield
             state = "KILLED" if progress.stop else "FINISHED"
+        except Interrupted:
+            state = "KILLED"
+            raise
         finally:
             self._tell("end", state)
 
@@ -2193,10 +2187,54 @@ class Monitor:
                 self.recorders.remove(recorder)
 
 
+class Recorder:
+    """A place to which a run's curves go."""
+
+    def __init__(self):
+        self._sent: dict[str, int] = {}
+
+    def new_points(self, progress: Progress) -> Iterator[tuple[str, list]]:
+        """(name of a curve, its points (step, value) since the last call)."""
+        curves = {
+            "train/loss": progress.train,
+            "train/learning_rate": progress.rates,
+            "validation/loss": progress.validation,
+            "validation/BLEU": progress.bleu,
+        }
+        for name, points in curves.items():
+            new = points[self._sent.get(name, 0) :]
+            self._sent[name] = len(points)
+            if new:
+                yield name, new
+
+    def update(self, progress: Progress) -> None:
+        """A validation was done."""
+
+    def keep(self, folder: Path, metrics: dict) -> None:
+        """The model folder is complete, scored or not."""
+
+    def end(self, state: str) -> None:
+        """The run is over; `state` is one of MLflow's."""
+
+
+class Picture(Recorder):
+    """loss.png beside the checkpoints, while there is no model folder yet."""
+
+    PAUSE = 10  # seconds between two versions, or short epochs would wait for them
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.path, self.drawn = path, -math.inf
+
+    def update(self, progress: Progress) -> None:
+        if time.perf_counter() - self.drawn >= self.PAUSE:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            draw_curves(self.path, progress)
+            self.drawn = time.perf_counter()
+
+
 def mlruns_folder(name: str) -> Path:
     """The folder of a store that MLflow and Modlee share."""
-    # MLflow 3 wants a database and takes files only if told so; Modlee knows nothing else.
-    os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
     folder = Path(name).expanduser().resolve()
     if folder.name != "mlruns":  # Modlee would append it
         folder = folder / "mlruns"
@@ -2207,36 +2245,44 @@ def mlruns_folder(name: str) -> Path:
     return folder
 
 
-class MlflowRun:
+class MlflowRun(Recorder):
     """A run in MLflow: Modlee's where one is active, else one of its own."""
 
     def __init__(self, config: TrainConfig):
-        self.config, self.client, self.run_id = config, None, None
-        self.is_own = False
+        super().__init__()
+        self.config, self.client = config, None
+        self.run_id, self.is_own = None, False
 
     def _begin(self) -> None:
         import mlflow
 
         folder = mlruns_folder(self.config.mlruns)
         self.client = mlflow.MlflowClient(folder.as_uri())
-        active = mlflow.active_run()
-        self.is_own = active is None
-        run = active or self.client.create_run(
-            "0", run_name=Path(self.config.output).name
-        )
+        run = mlflow.active_run()
+        self.is_own = run is None
+        if self.is_own:
+            found = self.client.get_experiment_by_name("Default")
+            where = (
+                found.experiment_id
+                if found
+                else self.client.create_experiment("Default")
+            )
+            name = Path(self.config.output).name
+            run = self.client.create_run(where, run_name=name)
         self.run_id = run.info.run_id
         for name, value in dataclasses.asdict(self.config).items():
             self.client.log_param(self.run_id, name, value)
 
-    def add(self, name: str, points: list[tuple[int, float]]) -> None:
-        from mlflow.entities import Metric
-
+    def update(self, progress: Progress) -> None:
         if self.client is None:
             self._begin()
+        from mlflow.entities import Metric
+
         now = int(time.time() * 1000)
-        metrics = [Metric(name, value, now, step) for step, value in points]
-        for some in chunks(metrics, 1000):  # as many as a call may have
-            self.client.log_batch(self.run_id, some)
+        for name, points in self.new_points(progress):
+            metrics = [Metric(name, value, now, step) for step, value in points]
+            for some in chunks(metrics, 1000):  # as many as a call may have
+                self.client.log_batch(self.run_id, some)
 
     def keep(self, folder: Path, metrics: dict) -> None:
         """The scores, the picture and the model folder, whose files are not written twice."""
@@ -2244,10 +2290,9 @@ class MlflowRun:
         from urllib.parse import urlparse
         from urllib.request import url2pathname
 
-        if self.client is None:
-            self._begin()
         for name in ("bleu", "chrf"):
-            self.client.log_metric(self.run_id, f"final/{name}", metrics[name])
+            if metrics[name] is not None:
+                self.client.log_metric(self.run_id, f"final/{name}", metrics[name])
         self.client.log_artifact(self.run_id, folder / "loss.png")
         uri = self.client.get_run(self.run_id).info.artifact_uri
         target = Path(url2pathname(urlparse(uri).path)) / "model"
@@ -2265,20 +2310,22 @@ class MlflowRun:
             self.client.set_terminated(self.run_id, state)
 
 
-class TensorBoard:
-    def __init__(self, folder: str):
+class TensorBoard(Recorder):
+    """A folder of its own in the one that `tensorboard --logdir` is given."""
+
+    def __init__(self, config: TrainConfig):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(folder)
+        super().__init__()
+        folder = Path(config.tensorboard).expanduser() / Path(config.output).name
+        # A resumed run writes its curves once more, from the start.
+        self.writer = SummaryWriter(str(folder), purge_step=0)
 
-    def add(self, name: str, points: list[tuple[int, float]]) -> None:
-        for step, value in points:
-            self.writer.add_scalar(name, value, step)
+    def update(self, progress: Progress) -> None:
+        for name, points in self.new_points(progress):
+            for step, value in points:
+                self.writer.add_scalar(name, value, step)
         self.writer.flush()
-
-    def keep(self, folder: Path, metrics: dict) -> None:
-        for name in ("bleu", "chrf"):
-            self.writer.add_scalar(f"final/{name}", metrics[name], metrics["steps"])
 
     def end(self, state: str) -> None:
         self.writer.close()
@@ -4523,7 +4570,7 @@ def train(config: TrainConfig) -> int:
     model = build_model(config, prepared.tokenizer).to(device)
     loaders = build_loaders(config, prepared, model.config.pad_id, device, rank)
     metrics = describe_run(config, prepared, model, loaders[0], device)
-    digest = prepared.train.digest()
+    digest = f"{prepared.train.digest()} {prepared.validation.digest()}"
     interval = config.checkpoint_interval()
     wanted = interval != (math.inf, math.inf)
     save = partial(write_checkpoint, checkpoints, config, digest, rank)
@@ -4533,12 +4580,12 @@ def train(config: TrainConfig) -> int:
         save if wanted else None,
         interval,
         config.on_oom,
-        config.average,
-        config.patience,
         partial(write_best, checkpoints, rank),
         monitor,
     )
-    if config.resume is not None:
+    if config.resume is None:
+        (checkpoints / "best.pt").unlink(missing_ok=True)  # of a run that was killed
+    else:
         state = read_checkpoint(checkpoints, digest)
         model.load_state_dict(state.pop("model"))
         progress.load(state)
@@ -4550,22 +4597,28 @@ def train(config: TrainConfig) -> int:
             progress.flush()
             if rank > 0:
                 return progress.exit_code
+            monitor.update(progress)
             batches = len(loaders[0])
             metrics |= describe_training(progress, record, prepared, batches, config)
             # Before it is scored: an interrupted evaluation loses no training. Until then the
             # folder counts as that of an interrupted run, which `--resume` may replace.
-            unscored = metrics | {"interrupted": True}
             best = best_weights(checkpoints, progress, device)
+            if best is not None:
+                metrics |= {"val_loss": progress.best[0], "best_step": progress.best[1]}
+            unscored = metrics | {"interrupted": True}
             tokenizer = prepared.tokenizer
             with progress.averaged():
                 save_model(output, model, tokenizer, config, unscored, progress, best)
         if progress.stop:
+            monitor.keep(output, metrics)
+            if not wanted:
+                shutil.rmtree(checkpoints, ignore_errors=True)
             say("stopped", f"after step {progress.step}; its state is in {output}")
             if progress.checkpoint:
                 last = progress.checkpoint.parent
                 print(f"\nnext:  python run.py --resume {last}")
             return progress.exit_code
-        say_trained(progress, metrics)
+        say_trained(progress, config, metrics)
         with progress.averaged():
             score_model(model, prepared, config, metrics)
         write_json(output / "metrics.json", metrics)
@@ -4576,7 +4629,7 @@ def train(config: TrainConfig) -> int:
         say("artifacts", ", ".join(record.artifacts))
     say("saved", f"{output}")
     print(f"\nnext:  python run.py translate --model {output} 'The teacher sees you.'")
-    print(f"       python run.py evaluate --model {output} --dataset pairs.tsv")
+    print(f"       python run.py evaluate --model {output} --dataset unseen.tsv")
     return 0
 
 
@@ -4637,15 +4690,19 @@ def fit(model, loaders, config: TrainConfig, prepared: data.Data, progress, rank
 
 
 def best_weights(folder: Path, progress: Progress, device) -> dict | None:
-    """Those of the best validation; None where the last was the best, or there was none."""
-    is_last = not progress.validation or progress.best[1] == progress.step
-    if progress.stop or is_last:
+    """Those of the best validation. None where the last were the best, there are none, or the run
+    was stopped, when the last are what it goes on from."""
+    loss, step = progress.best
+    if progress.stop or step in (0, progress.step):
         return None
-    best = read_state(folder / "best.pt")
-    return best and {name: weight.to(device) for name, weight in best.items()}
+    kept = read_state(folder / "best.pt")
+    if kept is None or tuple(kept["best"]) != (loss, step):
+        print("note: the best weights are lost: the last are kept", file=sys.stderr)
+        return None
+    return {name: weight.to(device) for name, weight in kept["weights"].items()}
 
 
-def say_trained(progress: Progress, metrics: dict) -> None:
+def say_trained(progress: Progress, config: TrainConfig, metrics: dict) -> None:
     say(
         "trained",
         f"{progress.step} steps in {progress.seconds:.0f} s, "
@@ -4656,9 +4713,9 @@ def say_trained(progress: Progress, metrics: dict) -> None:
         say("", f"{progress.skipped} steps were skipped: a gradient overflowed fp16")
     if progress.left_out:
         say("", f"{progress.left_out} batches were left out for want of memory")
-    if progress.out_of_patience:
+    if progress.epoch < config.max_epochs:
         say("", "ended early: the validation loss did not improve any more")
-    loss, step = progress.best
+    loss, step = metrics["val_loss"], metrics["best_step"]
     which = "" if step == progress.step else f", the best, of step {step}"
     say("loss", f"training {progress.epoch_loss:.4f}, validation {loss:.4f}{which}")
 
@@ -4697,9 +4754,9 @@ def check_together(config: TrainConfig, device: torch.device) -> None:
         raise InputError("--average is not for --strategy fsdp")
     if config.strategy == "fsdp" and config.devices == 1:
         raise InputError("--strategy fsdp is for several processes: add --devices N")
-    # Older ones look for CUDA when they put the optimizer's parts together.
     if config.tensorboard is not None and not find_spec("tensorboard"):
         raise InputError("--tensorboard needs the package: pip install tensorboard")
+    # Older ones look for CUDA when they put the optimizer's parts together.
     is_new = hasattr(torch, "accelerator")
     if config.strategy == "fsdp" and device.type == "cpu" and not is_new:
         raise InputError("--strategy fsdp on a CPU needs torch 2.6 or newer")
@@ -4816,22 +4873,35 @@ def choose_model(config: TrainConfig) -> Seq2SeqConfig:
         raise InputError(str(error)) from None
 
 
+def held_out_source(config: TrainConfig, field: str) -> tuple | None:
+    """The arguments of `data.read_pairs` for a set of its own; None: pairs are held out. InputError
+    where what was asked for by hand is not there."""
+    names = getattr(config, field)
+    if names is None:
+        return None
+    if len(names) > 1 or Path(names[0]).suffix in data.READERS:
+        return names, None, "train"
+    split = names[0]
+    on_hub = data.is_on_hub(config.dataset)
+    if on_hub and data.has_split(config.dataset[0], config.subset, split):
+        return config.dataset, config.subset, split
+    what = f"{' '.join(config.dataset)} has no split {split!r}"
+    if PRESETS[config.preset].get(field) != names:
+        flag = f"--{field.replace('_', '-')}"
+        raise InputError(f"{flag}: {what}, and files end in {' '.join(data.READERS)}")
+    print(f"note: {what}, as the preset has it", file=sys.stderr)
+    return None
+
+
 def prepare_data(config: TrainConfig) -> data.Data:
     """Pairs, ids and tokenizer; kept for the next start, where that is wanted."""
     import shutil
 
     languages = (config.source_lang, config.target_lang)
-    sources = [(config.dataset, config.subset, config.split)]
-    on_hub = data.is_on_hub(config.dataset)
-    held_out = []
-    for names in (config.validation_set, config.test_set):
-        source = names and (names, None, "train")
-        if names and data.is_on_hub(names):  # no file: the name of a split
-            source = (config.dataset, config.subset, *names)
-            if not (on_hub and data.has_split(*source)):
-                source = None
-        held_out.append(source)
-    sources += [source for source in held_out if source]
+    held_out = [
+        held_out_source(config, name) for name in ("validation_set", "test_set")
+    ]
+    sources = [(config.dataset, config.subset, config.split), *filter(None, held_out)]
     settings = (
         config.tokenizer,
         config.max_length,
@@ -4939,8 +5009,8 @@ def describe_training(
         "train_seconds": round(progress.seconds, 2),
         "tokens_per_second": round(real_tokens / max(progress.seconds, 1e-9), 1),
         "train_loss": finite(progress.epoch_loss),
-        "val_loss": finite(progress.best[0]),
-        "best_step": progress.best[1],
+        "val_loss": finite(validation_loss),  # of the weights in the folder
+        "best_step": progress.step,  # whose they are
         "last_val_loss": finite(validation_loss),
         "scored": None,
         "bleu": None,
@@ -5030,6 +5100,8 @@ def evaluate(config: EvaluateConfig) -> int:
     other = None
     if config.against is not None:
         other = load_translator(dataclasses.replace(config, model=config.against))
+        if other.languages != translator.languages:
+            raise InputError(f"{config.against} translates other languages")
     languages, tokenizer = translator.languages, translator.tokenizer
     batches = data.read_pairs(config.dataset, config.subset, config.split, languages)
     pairs = (pair for batch in batches for pair in zip(*batch))
@@ -5056,6 +5128,7 @@ def evaluate(config: EvaluateConfig) -> int:
     say("tokenizer", say_unk(result))
     if other:
         result["against"] = compare(hypotheses, other.first(sources), references)
+        other.report(f"pair of {config.against}")
         say_comparison(config.against, result["against"])
     if config.sentences:
         path = Path(config.sentences).expanduser()
@@ -5082,8 +5155,8 @@ def compare(ours: list[str], theirs: list[str], references: list[str]) -> dict:
     found.pop("System")
     report = {}
     for name, (key, (baseline, mine)) in zip(metrics, found.items()):
-        # Of equal systems it would say that their difference of nothing is none of chance's.
-        p = 1.0 if ours == theirs else float(mine.p_value)
+        # A difference of nothing it would call more than chance.
+        p = float(mine.p_value) if mine.score != baseline.score else 1.0
         report[name] = {"p": p, "signature": str(signatures[key])}
         for side, result in (("ours", mine), ("theirs", baseline)):
             report[name][side] = [float(v) for v in (result.score, result.ci)]

@@ -2177,7 +2177,7 @@ def test_only_the_newest_two_checkpoints_are_kept_and_no_debris(tmp_path):
     write_states(tmp_path, 3)
     names = ["settings.json", "step-000000002.pt", "step-000000003.pt"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
-    with pytest.raises(InputError, match="training pairs are not those"):
+    with pytest.raises(InputError, match="the pairs are not those"):
         run.read_checkpoint(tmp_path, "other")
 
 
@@ -2369,10 +2369,7 @@ def fit(
         data.make_loader(part, 64, 0, config.seed, shuffle)
         for part, shuffle in ((prepared.train, True), (prepared.validation, False))
     ]
-    progress = progress or run.Progress(
-        average=config.average, patience=config.patience
-    )
-    record = None
+    progress, record = progress or run.Progress(), None
     if state is not None:
         model.load_state_dict(state.pop("model"))
         progress.load(state)
@@ -2443,7 +2440,7 @@ def test_a_resumed_run_walks_the_same_path(
         return path
 
     settings = {"accumulate": 3, "clip_norm": 0.5, "modlee": modlee, "average": 0.5}
-    progress = run.Progress(save=save, every=(1, math.inf), average=0.5)
+    progress = run.Progress(save=save, every=(1, math.inf))
     raw, raw_progress, _ = fit(
         prepared, "raw", progress=progress, **settings | {"modlee": False}
     )
@@ -2806,7 +2803,7 @@ def test_an_overflow_of_fp16_is_skipped_and_counted(prepared, monkeypatch, overf
 def test_bad_weights_are_no_checkpoint(tmp_path):
     model = tiny_model()
     progress = run.Progress(save=lambda state: tmp_path / "written")
-    progress.begin(model=model)
+    progress.begin(run.TrainConfig(), 10, model=model)
     progress.save()
     assert progress.checkpoint == tmp_path / "written"
     with torch.no_grad():
@@ -2922,14 +2919,44 @@ def test_averaged_weights_are_validated_and_the_others_trained(
 
 
 @pytest.mark.parametrize("loop", ["raw", "lightning"])
-def test_training_ends_when_patience_does(prepared, loop):
-    """Without learning no loss is better than the first."""
+def test_the_average_is_of_trained_weights_from_the_first_epoch_on(
+    prepared, loop, monkeypatch
+):
+    """Which may be over before the first point of the curve."""
+    monkeypatch.setattr(run, "LOG_EVERY", 1000)
+    _, progress, _ = fit(prepared, loop, average=0.5)
+    assert progress.validation[1][1] < progress.validation[0][1] - 0.01
+
+
+@pytest.mark.parametrize("loop", ["raw", "lightning"])
+def test_training_ends_when_patience_does(prepared, loop, tmp_path):
+    """Without learning no loss is better than the first. Nor is one after a resumption."""
     settings = {"learning_rate": 0.0, "max_epochs": 7, "patience": 2}
-    _, progress, _ = fit(prepared, loop, **settings)
+    state = {}
+    progress = run.Progress(save=lambda s: state.update(s) or tmp_path, every=(1, 1e9))
+    fit(prepared, loop, progress=progress, **settings)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    _, progress, _ = fit(prepared, loop, state=torch.load(buffer), **settings)
     batches = math.ceil(len(prepared.train) / 64)
     assert progress.epoch == 3 and progress.step == 3 * batches
     assert progress.best == (progress.validation[0][1], batches)
-    assert progress.total_steps == 7 * batches and progress.exit_code == 0
+    assert progress.exit_code == 0
+
+
+@pytest.mark.parametrize("loop", ["raw", "lightning"])
+def test_a_signal_in_the_last_step_of_an_epoch_ends_training(prepared, loop):
+    """Where every step is the last of its epoch, too."""
+
+    class Signalled(run.Progress):
+        def end_step(self):
+            self._signal = signal.SIGTERM if self.batch == self._batches else 0
+            return super().end_step()
+
+    _, progress, _ = fit(prepared, loop, progress=Signalled(), max_epochs=5)
+    assert progress.epoch == len(progress.validation) == 1
+    assert progress.exit_code == 128 + signal.SIGTERM
 
 
 @pytest.mark.parametrize("loop", ["raw", "lightning"])
@@ -2939,7 +2966,7 @@ def test_the_best_weights_are_kept_and_the_last_beside_them(
     from safetensors.torch import load_file
 
     losses, kept = iter([3.0, 2.0, 2.5]), []
-    end_epoch, write_best = run.Progress.end_epoch, run.write_best
+    end_epoch = run.Progress.end_epoch
 
     def judge(self, loss: float) -> None:
         end_epoch(self, next(losses))
@@ -2947,12 +2974,7 @@ def test_the_best_weights_are_kept_and_the_last_beside_them(
             {k: v.clone() for k, v in self._parts["model"].state_dict().items()}
         )
 
-    def write(folder: Path, rank: int, weights: dict) -> None:
-        write_best(folder, rank, weights)
-        assert (folder / "best.pt").stat().st_size > 0
-
     monkeypatch.setattr(run.Progress, "end_epoch", judge)
-    monkeypatch.setattr(run, "write_best", write)
     more = ("--no-modlee", "--loop", loop, "--max-epochs", 3)
     assert main(*SMALL, *more, "--output", tmp_path / "model") == 0
     best = load_file(tmp_path / "model" / "model.safetensors")
@@ -2977,7 +2999,7 @@ def test_a_run_is_seen_while_it_trains(loop, tmp_path, monkeypatch, capsys):
         drawn.append((path.parent.name, len(progress.bleu)))
 
     monkeypatch.setattr(run, "draw_curves", look)
-    monkeypatch.setattr(run.Monitor, "REDRAWN", 0)
+    monkeypatch.setattr(run.Picture, "PAUSE", 0)
     more = ("--loop", loop, "--max-epochs", 2, "--bleu-pairs", 7, "--batch-size", 16)
     more += ("--mlruns", tmp_path / "mlruns")
     more += ("--tensorboard", tmp_path / "tb") if has_tensorboard else ()
@@ -3019,7 +3041,7 @@ def test_a_run_is_seen_while_it_trains(loop, tmp_path, monkeypatch, capsys):
         return
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(tmp_path / "tb"))
+    events = EventAccumulator(str(tmp_path / "tb" / "model"))
     events.Reload()
     for name, points in curves.items():
         seen = [(event.step, event.value) for event in events.Scalars(name)]
@@ -3027,11 +3049,58 @@ def test_a_run_is_seen_while_it_trains(loop, tmp_path, monkeypatch, capsys):
         assert np.allclose([v for _, v in seen], [v for _, v in points])
 
 
-def test_a_broken_record_ends_no_training(tmp_path, capsys):
+def test_best_weights_of_another_run_are_not_taken(tmp_path, capsys):
+    """As a run that was killed may leave them: what is kept must be what is said."""
+    progress = run.Progress()
+    progress.best, progress.step, progress.validation = (
+        (1.5, 3),
+        9,
+        [(3, 1.5), (9, 2.0)],
+    )
+    cpu, weights = torch.device("cpu"), {"w": torch.ones(2)}
+    for best, found in (((1.5, 3), weights), ((1.5, 6), None), ((1.4, 3), None)):
+        run.write_best(tmp_path, 0, {"weights": weights, "best": best})
+        assert (run.best_weights(tmp_path, progress, cpu) is None) == (found is None)
+    assert capsys.readouterr().err.count("the last are kept") == 2
+    (tmp_path / "best.pt").write_bytes(b"damaged")
+    assert run.best_weights(tmp_path, progress, cpu) is None
+    progress.step = 3
+    assert run.best_weights(tmp_path, progress, cpu) is None
+
+
+def test_a_broken_record_ends_no_training(tmp_path, capsys, monkeypatch):
     (tmp_path / "mlruns").write_text("no folder")
+    draw = run.draw_curves
+
+    def fail_at_first(path: Path, progress) -> None:
+        if path.parent.name.endswith(".checkpoints"):
+            raise OSError("No space left on device")
+        draw(path, progress)
+
+    monkeypatch.setattr(run, "draw_curves", fail_at_first)
     more = ("--loop", "raw", "--mlruns", tmp_path / "mlruns")
     assert main(*SMALL, *more, "--output", tmp_path / "model") == 0
-    assert capsys.readouterr().err.count("note: no more records: MlflowRun") == 1
+    error = capsys.readouterr().err
+    assert error.count("note: no more records: MlflowRun") == 1
+    assert "note: no more records: Picture: No space left on device" in error
+
+
+def test_a_store_without_a_default_experiment_gets_one(tmp_path):
+    pytest.importorskip("mlflow")
+    folder = tmp_path / "mlruns"
+    folder.mkdir()
+    (folder / ".DS_Store").touch()  # which is enough to be taken for a store
+    config = run.TrainConfig(mlruns=str(folder), output="model")
+    recorder = run.MlflowRun(config)
+    recorder.update(run.Progress())
+    recorder.end("FINISHED")
+    assert recorder.client.get_run(recorder.run_id).info.status == "FINISHED"
+
+
+def test_mlflow_is_told_to_report_nothing():
+    code = "import os, run; print(os.environ['MLFLOW_DISABLE_TELEMETRY'])"
+    env = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW")}
+    assert python("-c", code, cwd=HERE, env=env).stdout.strip() == "true"
 
 
 def test_samples_change_nothing_that_is_learnt(tmp_path):
@@ -3101,6 +3170,10 @@ def test_split_files_are_trained_and_scored_on(tmp_path, capsys):
         assert prepared.validation_text["target"] == [t for _, t in texts["validation"]]
     other = dataclasses.replace(config, validation_set=(str(parts["test"]),))
     assert len(run.prepare_data(other).validation) == 40
+    for wrong in ("vall", tmp_path / "no.tsv"):
+        flags = ("--dataset", pairs, "--validation-set", wrong, "--preset", "base")
+        assert main(*SMALL, *flags, "--output", tmp_path / "m") == 2
+    assert "has no split 'vall', and files end in" in capsys.readouterr().err
     assert main("split", "--dataset", pairs, "--test", 450, tmp_path / "none") == 2
     more = (*SMALL[2:], *more, "--beam", 2, "--loop", "raw", "--output", tmp_path / "m")
     assert main(*more) == 0
@@ -3117,11 +3190,15 @@ def test_a_hub_data_set_is_validated_and_tested_on_its_own_splits(hub_home, tmp_
     assert metrics["pairs"] == {"train": 190, "validation": 30}
     assert metrics["dropped"]["held out"] == 10
     assert metrics["scored"] == "test" and "40 test pairs, greedy" in done.stdout
-    missing = ("--validation-set", "dev", "--validation-size", 7)
-    done = command(*more, *missing, "--output", tmp_path / "n", cwd=tmp_path, env=env)
-    assert "note: wmt16 has no split 'dev': pairs are held out instead" in done.stderr
-    metrics = json.loads((tmp_path / "n" / "metrics.json").read_text())
-    assert metrics["pairs"] == {"train": 193, "validation": 7}
+    more += ("--output", tmp_path / "n")
+    done = command(*more, "--test-set", "dev", cwd=tmp_path, env=env)
+    assert (
+        done.returncode == 2 and "--test-set: wmt16 has no split 'dev'" in done.stderr
+    )
+    pairs = write_pairs(tmp_path / "pairs.tsv", list(data.phrasebook(100)))
+    done = command(*more, "--dataset", pairs, cwd=tmp_path, env=env)
+    assert "no split 'validation', as the preset has it" in done.stderr
+    assert "20 validation pairs, greedy" in done.stdout
 
 
 def test_evaluate_compares_two_models_and_names_the_worst(folder, tmp_path, capsys):
@@ -3151,6 +3228,8 @@ def test_a_better_system_is_better_by_more_than_chance():
     found = run.compare(references, worse, references)
     assert found["BLEU"]["ours"][0] > 99 and found["BLEU"]["theirs"][0] < 50
     assert found["BLEU"]["p"] < 0.05 and found["chrF"]["p"] < 0.05
+    spaced = run.compare([f"{text} " for text in references], references, references)
+    assert spaced["BLEU"]["p"] == 1.0
 
 
 def test_clipping_bounds_the_gradient_norm():
