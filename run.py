@@ -9,7 +9,7 @@
     python run.py --devices 2                        on two devices; or by torchrun
     python run.py translate --model DIR              lines on stdin -> lines on stdout
     python run.py evaluate --model DIR --dataset pairs.tsv
-    python run.py split --dataset pairs.tsv OUT      the same train, validation and test for all
+    python run.py split OUT --dataset pairs.tsv      the same train, validation and test for all
     python run.py export --model DIR --to hf OUT     the same model for transformers and CTranslate2
     python run.py bench                              what Lightning and Modlee cost per step
     python run.py bench decode --model DIR           decoding speed beside theirs

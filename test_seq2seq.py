@@ -3767,10 +3767,26 @@ def workshop(folder, hub_home, tmp_path_factory) -> Path:
     for name in ("NAME", "OTHER"):
         shutil.copytree(folder, root / "runs" / name)
     write_pairs(root / "pairs.tsv", list(data.phrasebook(400, seed=5)))
-    for part in ("train", "validation", "test"):
-        write_pairs(root / f"{part}.tsv", list(data.phrasebook(300, seed=len(part))))
+    (root / "parts").mkdir()
+    for number, part in enumerate(("train", "validation", "test")):
+        rows = list(data.phrasebook(350 if number == 0 else 20, seed=number))
+        write_pairs(root / "parts" / f"{part}.tsv", rows)
     (root / "lines.en").write_text("I see a dog.\n\nThe cat sleeps.\n")
     return root
+
+
+def test_every_test_that_the_readme_names_is_there():
+    tests = [name for name in globals() if name.startswith("test_")]
+    _, table = README.split("## Promises")
+    names = re.findall(
+        r"`(\w+)`", "".join(re.findall(r"\| (.*) \|$", table, re.MULTILINE))
+    )
+    promised = [
+        name for name in names if not name.isupper() and "_" in name or name == "key"
+    ]
+    assert len(promised) > 15
+    for name in promised:
+        assert any(name in test for test in tests), name
 
 
 def test_every_command_of_the_readme_is_known():
@@ -3799,6 +3815,8 @@ def test_every_command_of_the_readme_runs(line, workshop, hub_home):
     is_training = not re.search(r"run\.py (translate|evaluate|export|split)", line)
     if "--resume" in line:
         interrupt(workshop / "runs" / "NAME")
+    elif " split " in line:
+        line = line.replace(" parts", " again --validation 20 --test 20")
     elif is_training:
         line += " " + " ".join(map(str, SMALL)) + " --no-modlee --device cpu --beam 1"
     done = subprocess.run(
