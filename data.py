@@ -1402,9 +1402,8 @@ class _Grammar:
     def subject(self, kinds: str, pronouns=tuple(_PERSONS)) -> dict:
         if self.chance(0.5):
             en = self.pick(pronouns)
-            form = {"she": 1, "they": 2}.get(
-                en, 0
-            )  # masculine, feminine, masculine plural
+            # Masculine, feminine, masculine plural.
+            form = {"she": 1, "they": 2}.get(en, 0)
             return {
                 "en": en,
                 "ro": _SUBJECTS.get(en, ""),
@@ -1439,9 +1438,8 @@ class _Grammar:
         en_time, ro_time = self.pick(_TIMES[tense]) if self.chance(0.25) else ("", "")
         en_rest, ro_rest = [en_object, en_time], [ro_object, ro_time]
         ro_verb = _romanian(verb[4:], subject["person"], tense, negative, clitic)
-        words = (
-            _QUESTIONS[1:] if negative or en_time else _QUESTIONS
-        )  # no "when ... not"
+        # No "when ... not".
+        words = _QUESTIONS[1:] if negative or en_time else _QUESTIONS
         en_word, ro_word = self.pick(words) if question else ("", "")
         # A question word moves the subject behind the verb.
         order = [ro_verb, subject["ro"]] if ro_word else [subject["ro"], ro_verb]

@@ -94,9 +94,7 @@ class _TablePositionalEncoding(NoPositionalEncoding):
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         # The table follows from its shape, so a checkpoint never overrules it: one saved after the
         # table grew loads into a model that is still short.
-        if (
-            self.table.is_meta
-        ):  # a model built without storage, to take over loaded weights
+        if self.table.is_meta:  # built without storage, to take over loaded weights
             rows, device = len(self.table), state_dict[prefix + "table"].device
             table = self.make_table(rows, self.d_model, self.head_dim).to(device)
             self.table = table
@@ -128,19 +126,15 @@ class RotaryPositionalEncoding(_TablePositionalEncoding):
                 f"rotary positions need an even head width, got {head_dim}"
             )
         angles = _angles(max_length, head_dim)  # [max_length, Dh / 2]
-        return torch.cat(
-            [angles.cos(), angles.sin()], dim=1
-        ).float()  # [max_length, Dh]
+        table = torch.cat([angles.cos(), angles.sin()], dim=1)  # [max_length, Dh]
+        return table.float()
 
     def rotate(self, x: Tensor, offset: int = 0) -> Tensor:
         cos, sin = self.rows(offset, x.size(2)).chunk(2, dim=1)  # 2 x [T, Dh / 2]
         first, second = x.chunk(2, dim=-1)  # 2 x [B, H, T, Dh / 2]
-        rotated = torch.cat(
-            [first * cos - second * sin, second * cos + first * sin], dim=-1
-        )
-        return rotated.to(
-            x.dtype
-        )  # the table's float32 decided the precision until here
+        halves = [first * cos - second * sin, second * cos + first * sin]
+        # The table's float32 has decided the precision until here.
+        return torch.cat(halves, dim=-1).to(x.dtype)
 
 
 class LearnedPositionalEncoding(NoPositionalEncoding):

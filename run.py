@@ -1267,9 +1267,8 @@ def adapter_class(base: type) -> type:
             """What training needs and rebuilding does not."""
             self.run_config, self.progress = config, progress
             self.after_callbacks = None  # called once every callback has had its start
-            self.whole = (
-                None  # where processes hold a part each: the weights at the end
-            )
+            # Where processes hold a part each: the weights at the end.
+            self.whole = None
             self._names = [name for name, _ in self.model.named_parameters()]
             self._validation = []
 
@@ -1556,26 +1555,13 @@ def import_modlee():
     import mlflow  # noqa: F401
     import sklearn  # noqa: F401
 
-    https_context = (
-        ssl._create_default_https_context
-    )  # Modlee turns TLS verification off
-    root_handlers, root_level = (
-        logging.root.handlers[:],
-        logging.root.level,
-    )  # basicConfig
-    names = (
-        "pytorch_lightning",
-        "lightning.pytorch.core",
-        "mlflow",
-        "torchvision",
-        "torch.nn",
-    )
-    loggers = [
-        logging.getLogger(name) for name in (*names, "sklearn", "pymfe", "numpy")
-    ]
-    levels = [
-        (logger, logger.level, logger.propagate) for logger in loggers
-    ]  # it silences these
+    # Modlee turns TLS verification off, calls basicConfig, and silences these.
+    https_context = ssl._create_default_https_context
+    root_handlers, root_level = logging.root.handlers[:], logging.root.level
+    names = "pytorch_lightning lightning.pytorch.core mlflow torchvision torch.nn"
+    names += " sklearn pymfe numpy"
+    loggers = [logging.getLogger(name) for name in names.split()]
+    levels = [(logger, logger.level, logger.propagate) for logger in loggers]
     random_state = torch.get_rng_state()  # it draws a dummy image
     try:
         with warnings.catch_warnings():  # it adds 36 filters
@@ -3454,9 +3440,8 @@ def retire(config: TrainConfig) -> None:
     os.chdir(Path(config.mlruns).parent)
     for stream in (sys.stdout, sys.stderr):
         os.dup2(os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
-    tqdm.set_lock(
-        RLock()
-    )  # its own is a semaphore, which a killed process leaves behind
+    # Its own is a semaphore, which a killed process leaves behind.
+    tqdm.set_lock(RLock())
 
 
 def serve_arm(
@@ -3674,10 +3659,7 @@ def bench(config: BenchConfig) -> int:
                 for size, group in plan
             ]
             plan = [(size, group) for size, group in plan if len(group) > 1]
-        if not data.hub_reachable():
-            os.environ["HF_HUB_OFFLINE"] = (
-                "1"  # for Modlee, which would try for minutes
-            )
+        data.hub_reachable()  # or Modlee would try for minutes
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
         peak = machine_rates(device, dtype[precision])[0]
         turns = config.turns or (4 if config.quick else 12)

@@ -31,9 +31,8 @@ from torch import Tensor, nn
 
 from positional import POSITIONAL_KINDS
 
-VOCAB_MULTIPLE = (
-    64  # embedding rows are rounded up to this: matrix units like it, nothing sees it
-)
+# Embedding rows are rounded up to this: matrix units like it, and nothing sees it.
+VOCAB_MULTIPLE = 64
 
 
 @dataclass(frozen=True)
@@ -53,9 +52,7 @@ class Seq2SeqConfig:
     dropout: float = 0.1
     positional: str = "sinusoidal"  # a key of positional.POSITIONAL_KINDS
     norm_first: bool = True  # pre-LN with final norms; False: post-LN, as in the paper
-    tie_embeddings: bool = (
-        True  # one matrix for source, target and output (Press & Wolf 2017)
-    )
+    tie_embeddings: bool = True  # source, target and output (Press & Wolf 2017)
     pad_id: int = 0  # padding, and what the decoder starts from
     eos_id: int = 1
 
@@ -108,9 +105,8 @@ class Linear(nn.Linear):
       more tokens: oneDNN on a copy of the weights in its blocked layout, made at the first use.
     """
 
-    SMALL = (
-        2**18
-    )  # elements, 1 MiB: at home in a core's cache, where F.linear is as fast
+    # Elements, 1 MiB: at home in a core's cache, where F.linear is as fast.
+    SMALL = 2**18
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -353,9 +349,8 @@ class _Layer(nn.Module):
         return norm(x + self.dropout(branch(x)))
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        return self.linear2(
-            F.relu(self.linear1(x), inplace=True)
-        )  # [N, D] -> [N, F] -> [N, D]
+        hidden = F.relu(self.linear1(x), inplace=True)  # [N, D] -> [N, F]
+        return self.linear2(hidden)
 
 
 class EncoderLayer(_Layer):
@@ -460,9 +455,8 @@ class DecoderLayer(_Layer):
         def step(x: Tensor) -> Tensor:
             h = norm_self(x) if pre_norm else x
             rows = x.size(0)
-            projected = project(h).view(
-                rows, 3, heads, 1, -1
-            )  # [R, 3 * D] -> [R, 3, H, 1, Dh]
+            # [R, 3 * D] -> [R, 3, H, 1, Dh]
+            projected = project(h).view(rows, 3, heads, 1, -1)
             query, key, value = projected.unbind(1)  # 3 x [R, H, 1, Dh]
             offset = cache.length
             query, key = positions.rotate(query, offset), positions.rotate(key, offset)
@@ -476,9 +470,8 @@ class DecoderLayer(_Layer):
             mixed = attend(
                 query.transpose(1, 2), *cache.memory[index], cache.source_mask
             )
-            mixed = mixed.transpose(1, 2).reshape(
-                rows, width
-            )  # [B, H, K, Dh] -> [R, D]
+            # [B, H, K, Dh] -> [R, D]
+            mixed = mixed.transpose(1, 2).reshape(rows, width)
             x = x + leave_cross(mixed)
             x = x if pre_norm else norm_cross(x)
 
