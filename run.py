@@ -3071,9 +3071,7 @@ def bench_decode(config: BenchDecodeConfig) -> int:
                     }
                 )
     report = {
-        "command": " ".join(["python", "run.py", *sys.argv[1:]]),
-        "machine": f"{describe_machine(device)}, float32",
-        "versions": versions(),
+        **describe_bench(device),
         "model": dataclasses.asdict(model.config),
         "sentences": len(sentences),
         "matmul_gflops": round(rates[0] / 1e9, 1),
@@ -3086,24 +3084,37 @@ def bench_decode(config: BenchDecodeConfig) -> int:
         f"{rates[0] / 1e9:.0f} GFLOP/s matmul, {rates[1] / 1e9:.1f} GB/s copied",
     )
     say("sentences", f"{len(sentences)}, at most {config.max_new_tokens} tokens each")
-    print(
-        "\nbatch  beam  library       same  tokens/s  ms/sentence  of floor   +MiB"
-        "  ours is faster (range)"
+    columns = (
+        "library,batch,beam,same,tokens/s,ms/sentence,of floor,+MiB,ours is faster"
     )
+    lines = [columns.split(",")]
     for row in rows:
         low, high = row["ours_times_faster_range"]
-        ratio = f"  {row['ours_times_faster']:.2f} x ({low:.2f} to {high:.2f})"
-        print(
-            f"{row['batch']:5}  {row['beam']:4}  {row['library']:12}"
-            f"  {row['same_output']:4}"
-            f"  {row['tokens_per_second']:8.0f}  {row['ms_per_sentence']:11.1f}"
-            f"  {row['share_of_floor']:8.0%}  {row['peak_extra_mib'] or 0:5.0f}"
-            + ratio
-            * (row["library"] != "ours")
+        ratio = f"{row['ours_times_faster']:.2f} x ({low:.2f} to {high:.2f})"
+        names = ("library", "batch", "beam", "same_output")
+        lines.append(
+            [
+                *(str(row[name]) for name in names),
+                f"{row['tokens_per_second']:.0f}",
+                f"{row['ms_per_sentence']:.1f}",
+                f"{row['share_of_floor']:.0%}",
+                f"{row['peak_extra_mib'] or 0:.0f}",
+                "" if row["library"] == "ours" else ratio,
+            ]
         )
+    print()
+    print_table(lines)
     if config.json:
         write_json(Path(config.json).expanduser(), report)
     return 0
+
+
+def print_table(lines: list[list[str]]) -> None:
+    """The first column to the left, all others to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
+        rest = [cell.rjust(width) for cell, width in zip(line, widths)][1:]
+        print("  ".join([line[0].ljust(widths[0]), *rest]))
 
 
 def chunks(items: list, size: int) -> Iterator[list]:
@@ -3117,6 +3128,13 @@ def describe_machine(device: torch.device) -> str:
         return torch.cuda.get_device_name()
     threads = torch.get_num_threads()
     return f"{platform.system()} {platform.machine()}, {threads} CPU threads"
+
+
+def describe_bench(device: torch.device) -> dict:
+    """What every report begins with."""
+    command = " ".join(["python", "run.py", *sys.argv[1:]])
+    machine = describe_machine(device)
+    return {"command": command, "machine": machine, "versions": versions()}
 
 
 def check_report(name: str | None, flag: str = "--json") -> None:
@@ -3664,9 +3682,7 @@ def bench(config: BenchConfig) -> int:
         peak = machine_rates(device, dtype[precision])[0]
         turns = config.turns or (4 if config.quick else 12)
         report = {
-            "command": " ".join(["python", "run.py", *sys.argv[1:]]),
-            "machine": describe_machine(device),
-            "versions": versions(),
+            **describe_bench(device),
             "precision": precision,
             "matmul_gflops": round(peak / 1e9, 1),
             "steps_per_turn": WINDOW,
@@ -4349,9 +4365,7 @@ def bench_train(config: BenchTrainConfig) -> int:
                     answers, sum(map(sum, lengths)), sum(map(sum, cases["ours"][3]))
                 )
     report = {
-        "command": " ".join(["python", "run.py", *sys.argv[1:]]),
-        "machine": describe_machine(device),
-        "versions": versions(),
+        **describe_bench(device),
         "precision": precision,
         "matmul_gflops": round(peak / 1e9, 1),
         "size": config.size,
@@ -4450,10 +4464,7 @@ def print_bench_train(report: dict) -> None:
             value, low, high = row["ours_is_faster"]
             line.append("" if name == "ours" else f"{value:.2f} ({low:.2f}-{high:.2f})")
         lines.append(line)
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    for line in lines:
-        rest = [cell.rjust(width) for cell, width in zip(line, widths)][1:]
-        print("  ".join([line[0].ljust(widths[0]), *rest]))
+    print_table(lines)
     print("pads: of all places in the batches; ours computes them in attention alone")
     for name, reason in report["left_out"].items():
         print(f"left out: {TRAINEES[name].label}: {reason}")
