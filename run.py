@@ -58,6 +58,19 @@ def option(default=MISSING, help: str = "", **more):
     return field(default=default, metadata={"help": help, **more})
 
 
+def device_option():
+    return option("auto", "auto, cpu, cuda or mps")
+
+
+def precision_option(*choices: str):
+    help = "arithmetic; auto: what the device does well"
+    return option("auto", help, choices=("auto", *choices))
+
+
+def json_option():
+    return option(None, "also write the figures to this file")
+
+
 def check_counts(config, *names: str) -> None:
     """ValueError where one of the fields is below 1; None means no limit."""
     for name in names:
@@ -144,12 +157,8 @@ class TrainConfig:
     )
     beam: int = option(1, "hypotheses per sentence of the final score; 1 is greedy")
 
-    device: str = option("auto", "auto, cpu, cuda or mps")
-    precision: str = option(
-        "auto",
-        "arithmetic; auto: what the device does well",
-        choices=("auto", "fp32", "bf16", "fp16"),
-    )
+    device: str = device_option()
+    precision: str = precision_option("fp32", "bf16", "fp16")
     seed: int = option(0, "of weights, split, order and dropout")
     modlee: bool = option(True, "record the run with Modlee, where it is installed")
     push: bool = option(False, "upload what Modlee recorded; needs MODLEE_API_KEY")
@@ -281,7 +290,7 @@ class DecodeOptions:
         "bf16 halves the memory; on a CPU it can also be slower (see README)",
         choices=("fp32", "bf16"),
     )
-    device: str = option("auto", "auto, cpu, cuda or mps")
+    device: str = device_option()
     # Of these, only `translate` makes flags.
     num_return = 1
     scores = sample = False
@@ -350,7 +359,7 @@ class EvaluateConfig(DecodeOptions):
     sentences: str | None = option(
         None, "write every sentence with its chrF to this .tsv, the worst first"
     )
-    json: str | None = option(None, "also write the figures to this file")
+    json: str | None = json_option()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -402,8 +411,8 @@ class BenchDecodeConfig:
     beam: tuple[int, ...] = option((1, 4), "beam sizes; 1 is greedy", type=int)
     max_new_tokens: int = option(32, "where a translation is cut")
     repeats: int = option(5, "timed rounds; every round runs every library once")
-    device: str = option("auto", "auto, cpu, cuda or mps")
-    json: str | None = option(None, "also write the figures to this file")
+    device: str = device_option()
+    json: str | None = json_option()
 
     def __post_init__(self) -> None:
         check_counts(self, "sentences", "max_new_tokens", "repeats")
@@ -419,14 +428,10 @@ class BenchConfig:
     turns: int | None = option(
         None, "of 20 timed steps for each arm; default: 12, with --quick 4"
     )
-    device: str = option("auto", "auto, cpu, cuda or mps")
-    precision: str = option(
-        "auto",
-        "arithmetic; auto: what the device does well",
-        choices=("auto", "fp32", "bf16", "fp16"),
-    )
+    device: str = device_option()
+    precision: str = precision_option("fp32", "bf16", "fp16")
     picture: str = option("results/bench.png", "where the picture goes")
-    json: str | None = option(None, "also write the figures to this file")
+    json: str | None = json_option()
     profile: str | None = option(
         None, "only write a torch profiler trace of ten steps of the raw loop"
     )
@@ -457,14 +462,10 @@ class BenchTrainConfig:
     steps: int = option(4, "different batches in a turn")
     turns: int = option(7, "timed turns; every turn runs everything once")
     compile: bool = option(False, "also ours with torch.compile")
-    device: str = option("auto", "auto, cpu, cuda or mps")
-    precision: str = option(
-        "auto",
-        "arithmetic; auto: what the device does well",
-        choices=("auto", "fp32", "bf16"),
-    )
+    device: str = device_option()
+    precision: str = precision_option("fp32", "bf16")
     picture: str = option("results/cost.png", "where the picture goes, without --peers")
-    json: str | None = option(None, "also write the figures to this file")
+    json: str | None = json_option()
 
     def __post_init__(self) -> None:
         check_counts(self, "max_length", "batch_tokens", "steps", "turns")
