@@ -29,7 +29,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from importlib.metadata import version
 from itertools import islice, zip_longest
 from pathlib import Path
@@ -245,6 +245,7 @@ def hub_reachable(seconds: float = 5.0) -> bool:
     return bool(answers)
 
 
+@lru_cache(maxsize=8)  # it is asked for its splits, its name and its rows
 def _hub_table(name: str, subset: str | None, split: str | None):
     """A split of a data set on the hub, as a `datasets.Dataset`; None: all of them by name."""
     online = hub_reachable()
