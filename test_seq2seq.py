@@ -1643,7 +1643,7 @@ def test_every_flag_is_in_the_help_and_help_comes_before_torch():
         (["--output", "x" * 300], "too long"),
         (["--push", "--loop", "raw"], "not with --loop raw"),
         (["--precision", "fp16"], "needs a GPU"),
-        (["--push", "--no-modlee"], "not with --loop raw or --no-modlee"),
+        (["--push", "--no-modlee"], "--no-modlee or --mlruns none"),
         (["translate", "--model", HERE], "no model folder: config.json is missing"),
         (["evaluate", "--model", HERE / "no", "--dataset", "x.tsv"], "no model folder"),
     ],
