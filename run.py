@@ -2062,7 +2062,12 @@ def draw_curves(path: Path, progress: Progress) -> None:
     rates = scores.twinx()
     lines = []
     for axes, points, label, style in (
-        (losses, progress.train, "training", {"color": "tab:blue", "marker": "."}),
+        (
+            losses,
+            progress.train,
+            "training (with dropout and smoothing)",
+            {"color": "tab:blue", "marker": "."},
+        ),
         (
             losses,
             progress.validation,

@@ -3290,9 +3290,10 @@ def test_every_arm_trains_like_the_raw_loop(prepared, arm, tmp_path, monkeypatch
         ends.append((progress.train, progress.validation, model))
     assert ends[0][:2] == ends[1][:2] and ends[0][0][0][0] == run.WINDOW
     assert same_weights(ends[0][2], ends[1][2])
-    left = [path.suffix for path in tmp_path.rglob("*") if path.is_file()]
+    left = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
     assert (".ckpt" in left) == (arm in ("checkpoint", "defaults"))
-    assert (".csv" in left) == (arm in ("log", "defaults"))
+    # By itself Lightning logs to TensorBoard where that is installed.
+    assert bool({".csv", ".0"} & left) == (arm in ("log", "defaults"))
 
 
 def test_a_step_is_taken_apart_without_a_remainder(prepared, monkeypatch):
@@ -3766,7 +3767,9 @@ def workshop(folder, hub_home, tmp_path_factory) -> Path:
     (root / "results").mkdir()
     for name in ("NAME", "OTHER"):
         shutil.copytree(folder, root / "runs" / name)
-    write_pairs(root / "pairs.tsv", list(data.phrasebook(400, seed=5)))
+    for name in ("pairs", "rosts.en-ro", "tatoeba.en-ro"):
+        rows = list(data.phrasebook(400, seed=len(name)))
+        write_pairs(root / f"{name}.tsv", rows)
     (root / "parts").mkdir()
     for number, part in enumerate(("train", "validation", "test")):
         rows = list(data.phrasebook(350 if number == 0 else 20, seed=number))
@@ -3816,7 +3819,8 @@ def test_every_command_of_the_readme_runs(line, workshop, hub_home):
     if "--resume" in line:
         interrupt(workshop / "runs" / "NAME")
     elif " split " in line:
-        line = line.replace(" parts", " again --validation 20 --test 20")
+        again = f" again-{len(line)} --validation 20 --test 20"
+        line = line.replace(" parts", again)
     elif is_training:
         line += " " + " ".join(map(str, SMALL)) + " --no-modlee --device cpu --beam 1"
     done = subprocess.run(
