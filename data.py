@@ -313,6 +313,8 @@ def read_pairs(
     unknown = [path for path in paths if path.suffix not in READERS]
     if names == [PHRASEBOOK]:
         rows = phrasebook()
+    elif is_on_hub(names):
+        rows = _hub_rows(names[0], subset, split, languages)
     elif not unknown:
         rows = (row for path in paths for row in READERS[path.suffix](path, languages))
     elif len(unknown) == len(paths) == 2:
@@ -322,13 +324,11 @@ def read_pairs(
             f"cannot tell what {unknown[0]} is: give files ending in {' '.join(READERS)}, "
             "or exactly two line-aligned text files"
         )
-    elif paths[0].exists():
+    else:
         raise InputError(
             f"cannot tell what {paths[0]} is: files end in {' '.join(READERS)}, "
             "and line-aligned text files come in twos"
         )
-    else:
-        rows = _hub_rows(names[0], subset, split, languages)
     source_language, target_language = languages
     for batch in _batched(rows):
         yield (
@@ -1049,7 +1049,8 @@ def prepare(
         raise InputError(f"no pairs left after cleaning{describe_dropped(dropped)}")
     tables = [table]
     if given[0] is None:
-        parts = grouped_split(number_texts(table), validation_size, seed)
+        sources = (source for batch in _text_columns(table) for source in batch[0])
+        parts = grouped_split(number_texts(sources), validation_size, seed)
         tables = [select(table, part) for part in parts]
     if to_train:
         sides = (side for batch in _text_columns(tables[0]) for side in batch)
@@ -1077,12 +1078,11 @@ def _whole_text(batches: Iterable[TextBatch]) -> dict[str, list[str]]:
     return {"source": sources, "target": targets}
 
 
-def number_texts(table) -> np.ndarray:
-    """Equal sources, equal numbers: [N] int64."""
+def number_texts(texts: Iterable[str]) -> np.ndarray:
+    """Equal texts, equal numbers, from 0 on as they first come: [N] int64."""
     numbers: dict[bytes, int] = {}
-    sources = (source for batch in _text_columns(table) for source in batch[0])
-    keys = map(text_key, sources)
-    return np.array([numbers.setdefault(key, len(numbers)) for key in keys])
+    keys = map(text_key, texts)
+    return np.array([numbers.setdefault(key, len(numbers)) for key in keys], int)
 
 
 def _text_columns(table) -> Iterator[TextBatch]:

@@ -210,6 +210,10 @@ class TrainConfig:
         return (math.inf, 60 * count) if text.endswith("m") else (count, math.inf)
 
 
+# The "base" of Attention Is All You Need, which the tutorial takes as well.
+PAPER_BASE = {"d_model": 512, "nhead": 8, "dim_feedforward": 2048}
+PAPER_BASE |= {"num_encoder_layers": 6, "num_decoder_layers": 6}
+
 PRESETS: dict[str, dict] = {
     "demo": {},  # the defaults above
     # Some 20,000 pairs of real sentences, 20 minutes on two CPU cores: bring the --dataset.
@@ -237,11 +241,7 @@ PRESETS: dict[str, dict] = {
         "test_set": ("test",),
         "tokenizer": "train:16000",
         "max_length": 128,
-        "d_model": 512,
-        "nhead": 8,
-        "num_encoder_layers": 6,
-        "num_decoder_layers": 6,
-        "dim_feedforward": 2048,
+        **PAPER_BASE,
         "dropout": 0.1,
         "positional": "rotary",
         "max_epochs": 30,
@@ -260,11 +260,7 @@ PRESETS: dict[str, dict] = {
         "validation_size": 0.2,
         "tokenizer": "t5-small",
         "max_length": 50,
-        "d_model": 512,
-        "nhead": 8,
-        "num_encoder_layers": 6,
-        "num_decoder_layers": 6,
-        "dim_feedforward": 2048,
+        **PAPER_BASE,
         "dropout": 0.1,
         "max_epochs": 1,
         "batch_size": 16,
@@ -1546,12 +1542,11 @@ def train_lightning(
 
 def import_modlee():
     """The package, or None where it is not installed. The process is left as it was."""
-    import importlib.util
     import logging
     import ssl
     import warnings
 
-    if importlib.util.find_spec("modlee") is None:
+    if find_spec("modlee") is None:
         return None
     # These configure their own loggers, which must not be mistaken for Modlee's doing.
     import_lightning()
@@ -1927,12 +1922,12 @@ def write_checkpoint(
     return path
 
 
-def write_best(folder: Path, rank: int, weights: dict) -> None:
-    """Keep the weights of the best validation so far beside the checkpoints."""
+def write_best(folder: Path, rank: int, state: dict) -> None:
+    """Keep the weights of the best validation so far, and which that is, beside the checkpoints."""
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         with failing_in_one_line(folder / "best.pt"):
-            write_file(folder / "best.pt", partial(torch.save, weights))
+            write_file(folder / "best.pt", partial(torch.save, state))
 
 
 @contextlib.contextmanager
@@ -2937,11 +2932,8 @@ def serving(target: Callable, jobs: dict[str, tuple]) -> Iterator[dict[str, Call
 
 
 def choose_libraries(device: torch.device) -> list[str]:
-    import importlib.util
 
-    names = [
-        name for name in LIBRARIES if name == "ours" or importlib.util.find_spec(name)
-    ]
+    names = [name for name in LIBRARIES if name == "ours" or find_spec(name)]
     # CTranslate2 does not know MPS.
     return [name for name in names if name != "ctranslate2" or device.type != "mps"]
 
@@ -3159,16 +3151,14 @@ FRAMEWORK = {"d_model": 64, "nhead": 4, "dim_feedforward": 256}
 FRAMEWORK |= {"num_encoder_layers": 1, "num_decoder_layers": 1, "batch_size": 16}
 WIDE = {"d_model": 256, "nhead": 8, "dim_feedforward": 1024}
 WIDE |= {"num_encoder_layers": 2, "num_decoder_layers": 2, "batch_size": 64}
-TUTORIAL = {"d_model": 512, "nhead": 8, "dim_feedforward": 2048}
-TUTORIAL |= {"num_encoder_layers": 6, "num_decoder_layers": 6}
-WIDEST = TUTORIAL | {"d_model": 1024, "nhead": 16, "dim_feedforward": 4096}
+WIDEST = PAPER_BASE | {"d_model": 1024, "nhead": 16, "dim_feedforward": 4096}
 # Name -> settings of three models; the middle one is the one whose costs are itemised. A GPU gets
 # larger ones: about 25,000 target tokens in a batch.
 SIZES = {
     "cpu": {"small": FRAMEWORK, "demo": {}, "wide": WIDE},
     "cuda": {
         "demo": {"batch_size": 512},
-        "tutorial": TUTORIAL | {"batch_size": 2048},
+        "tutorial": PAPER_BASE | {"batch_size": 2048},
         "widest": WIDEST | {"batch_size": 2048},
     },
 }
@@ -3644,7 +3634,6 @@ def take_turns(names: list[str], serve: dict, turns: int, bar) -> dict[str, dict
 
 def bench(config: BenchConfig) -> int:
     """Group by group of arms and size by size; then the table, the figures and the picture."""
-    import importlib.util
     import tempfile
 
     from tqdm import tqdm
@@ -3676,7 +3665,7 @@ def bench(config: BenchConfig) -> int:
         plan = [(middle, group) for group in GROUPS[: 1 if config.quick else None]]
         if not config.quick:
             plan += [(size, GROUPS[0]) for size in sizes if size != middle]
-        has_modlee = importlib.util.find_spec("modlee") is not None
+        has_modlee = find_spec("modlee") is not None
         left_out = {}
         if not has_modlee:
             left_out["modlee"] = "not installed"
@@ -3992,7 +3981,7 @@ def draw_bench(path: Path, report: dict, middle: str) -> None:
 
 # ---- bench train: training throughput -----------------------------------------------------------
 
-MODEL_SIZES = {"demo": {}, "wide": WIDE, "tutorial": TUTORIAL, "widest": WIDEST}
+MODEL_SIZES = {"demo": {}, "wide": WIDE, "tutorial": PAPER_BASE, "widest": WIDEST}
 TUTORIAL_LENGTH = 50  # tokens to which the tutorial pads and cuts every sentence
 
 
@@ -5200,10 +5189,9 @@ def split(config: SplitConfig) -> int:
     languages = (config.source_lang, config.target_lang)
     batches = data.read_pairs(config.dataset, config.subset, config.split, languages)
     pairs = [pair for batch in data.clean(batches, dropped) for pair in zip(*batch)]
-    numbers: dict[str, int] = {}
-    groups = [numbers.setdefault(source, len(numbers)) for source, _ in pairs]
+    groups = data.number_texts(source for source, _ in pairs)
     sizes = {"validation": config.validation, "test": config.test}
-    parts = data.hold_out(np.array(groups, int), list(sizes.values()), config.seed)
+    parts = data.hold_out(groups, list(sizes.values()), config.seed)
 
     def fill(folder: Path) -> None:
         for name, rows in zip((*sizes, "train"), parts):
