@@ -75,7 +75,7 @@ class _TablePositionalEncoding(NoPositionalEncoding):
         # Persistent although it could be recomputed: exporters that drop weights (Modlee's graph
         # export) write a persistent buffer as a name, any other one number by number.
         self.register_buffer("table", self.make_table(max_length, d_model, head_dim))
-        self.d_model, self.head_dim = d_model, head_dim
+        self.max_length, self.d_model, self.head_dim = max_length, d_model, head_dim
 
     def make_table(self, max_length: int, d_model: int, head_dim: int) -> Tensor:
         raise NotImplementedError
@@ -91,9 +91,15 @@ class _TablePositionalEncoding(NoPositionalEncoding):
                 )
         return self.table[offset : offset + length]
 
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        # As long as it was born: what is saved must not depend on the longest sentence ever seen.
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.table.size(0) > self.max_length:
+            destination[prefix + "table"] = self.table[: self.max_length].clone()
+
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        # The table follows from its shape, so a checkpoint never overrules it: one saved after the
-        # table grew loads into a model that is still short.
+        # The table follows from its shape, so a checkpoint never overrules it: one of a model
+        # with another `max_length` loads too.
         if self.table.is_meta:  # built without storage, to take over loaded weights
             rows, device = len(self.table), state_dict[prefix + "table"].device
             table = self.make_table(rows, self.d_model, self.head_dim).to(device)

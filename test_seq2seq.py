@@ -127,7 +127,13 @@ def test_tables_grow_and_are_no_parameters(kind):
         assert torch.equal(short.rotate(heads), long.rotate(heads))
     heads.requires_grad_()
     short.rotate(heads).sum().backward()  # grown under inference_mode, used in training
-    POSITIONAL_KINDS[kind](4, 16, 4).load_state_dict(short.state_dict())
+    # What is saved is as if it had never grown: a resumed run has not seen every long sentence.
+    fresh, saved = POSITIONAL_KINDS[kind](4, 16, 4), short.state_dict()
+    assert short.table.size(0) >= 50
+    assert torch.equal(saved["table"], fresh.state_dict()["table"])
+    fresh.load_state_dict(saved)
+    long.load_state_dict(saved)
+    assert long.table.size(0) == 64
 
 
 def test_rotary_scores_depend_on_relative_position_alone():
@@ -3290,10 +3296,13 @@ def test_every_arm_trains_like_the_raw_loop(prepared, arm, tmp_path, monkeypatch
         ends.append((progress.train, progress.validation, model))
     assert ends[0][:2] == ends[1][:2] and ends[0][0][0][0] == run.WINDOW
     assert same_weights(ends[0][2], ends[1][2])
-    left = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
-    assert (".ckpt" in left) == (arm in ("checkpoint", "defaults"))
+    left = [path.name for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(name.endswith(".ckpt") for name in left) == (
+        arm in ("checkpoint", "defaults")
+    )
     # By itself Lightning logs to TensorBoard where that is installed.
-    assert bool({".csv", ".0"} & left) == (arm in ("log", "defaults"))
+    logs = [name for name in left if name.endswith(".csv") or ".tfevents." in name]
+    assert bool(logs) == (arm in ("log", "defaults"))
 
 
 def test_a_step_is_taken_apart_without_a_remainder(prepared, monkeypatch):
