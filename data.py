@@ -177,10 +177,8 @@ def _json_rows(path: Path, languages: tuple[str, str]) -> Iterator[tuple[str, st
         except json.JSONDecodeError as error:
             line = number + error.lineno - 1
             raise InputError(f"{path}:{line}: no JSON ({error.msg})") from None
-        except (
-            ValueError,
-            RecursionError,
-        ):  # numbers of 5,000 digits, brackets as many
+        except (ValueError, RecursionError):
+            # Numbers of 5,000 digits, brackets as many.
             raise InputError(f"{path}:{number}: JSON beyond reason") from None
         for index, record in enumerate(records, 1):
             entry = f", entry {index}" if len(records) > 1 else ""
@@ -760,8 +758,9 @@ class BucketBatchSampler(Sampler[list[int]]):
     With `batch_tokens`, every batch is as many rows as fit: rows x the longest source and rows x the
     longest target are at most that, each rounded up to a `multiple` (a longer row makes a batch by
     itself). Rows are shuffled, sorted by target length into strata and by source length in each, so
-    that neither side holds many pads; cut into batches; and the batches shuffled. With `batch_size`, every batch has so many rows, sorted inside pools of `POOL` batches.
-    `shuffle=False` sorts everything: the least padding, always the same order.
+    that neither side holds many pads; cut into batches; and the batches shuffled. With `batch_size`,
+    every batch has so many rows, sorted inside pools of `POOL` batches. `shuffle=False` sorts
+    everything: the least padding, always the same order.
 
     Of `world` processes, each takes every world-th batch, from its `rank` on. All take equally many:
     where the batches run out, an empty one. With `batch_tokens` those taken together are alike, so

@@ -841,9 +841,8 @@ class Progress:
             self._average = parts["average"] = WeightAverage(parts["model"], updates)
         for name in parts.keys() & self._loaded.keys():
             parts[name].load_state_dict(self._loaded.pop(name))
-        if (
-            self._handler
-        ):  # once more: Lightning has put one before it that ends at once
+        if self._handler:
+            # Once more: Lightning has put one before it that ends at once.
             signal.signal(signal.SIGTERM, self._handler)
         self._saved = time.perf_counter()
         self._started = self._saved - self.seconds

@@ -128,9 +128,8 @@ class Linear(nn.Linear):
             if tensor is not None:
                 version = None if tensor.is_inference() else tensor._version
                 state.append((version, tensor.data_ptr()))
-                stride = (
-                    tensor.numel() // 256 | 1
-                )  # odd, to meet rows and columns alike
+                # Odd, to meet rows and columns alike.
+                stride = tensor.numel() // 256 | 1
                 sample.append(tensor.detach().flatten()[::stride])
         sample = torch.cat(sample)
         kept = self._kept
