@@ -758,8 +758,8 @@ class BucketBatchSampler(Sampler[list[int]]):
     With `batch_tokens`, every batch is as many rows as fit: rows x the longest source and rows x the
     longest target are at most that, each rounded up to a `multiple` (a longer row makes a batch by
     itself). Rows are shuffled, sorted by target length into strata and by source length in each, so
-    that neither side holds many pads; cut into batches; and the batches shuffled. With `batch_size`,
-    every batch has so many rows, sorted inside pools of `POOL` batches. `shuffle=False` sorts
+    that neither side holds many pads; cut into batches, as many in every epoch; and the batches
+    shuffled. With `batch_size`, every batch has so many rows, sorted inside pools of `POOL` batches. `shuffle=False` sorts
     everything: the least padding, always the same order.
 
     Of `world` processes, each takes every world-th batch, from its `rank` on. All take equally many:
@@ -836,10 +836,14 @@ class BucketBatchSampler(Sampler[list[int]]):
         # As many strata as a stratum has batches: pads of the two sides weigh the same.
         strata = max(1, round(math.sqrt(longest.sum() / self.batch_tokens)))
         rank = np.empty(len(rows), int)
-        rank[np.argsort(target, kind="stable")] = np.arange(len(rows))
+        rank[np.lexsort((source, target))] = np.arange(len(rows))
         stratum = rank * strata // max(len(rows), 1)
-        # There and back, so that a batch over the border of two strata is no odd one.
-        order = np.lexsort((np.where(stratum % 2, -source, source), stratum))
+        # There and back, so that a batch over the border of two strata, or of two source lengths, is
+        # no odd one. Only rows alike in both lengths change places from epoch to epoch, so that all
+        # epochs have as many batches: schedules and Lightning count on it.
+        by_source = np.where(stratum % 2, -source, source)
+        by_target = np.where(source % 2, -target, target)
+        order = np.lexsort((by_target, by_source, stratum))
         batches, start, widest = [], 0, 0
         for i, row in enumerate(order):
             widest = max(widest, int(longest[row]))

@@ -1351,13 +1351,15 @@ def test_a_token_budget_is_kept_and_leaves_few_pads(multiple):
         sizes.append(len(batch) * widest)
     everything, flat = list(range(len(lengths[0]))), itertools.chain.from_iterable
     assert sorted(flat(epoch(0, 3))) == everything
+    # Schedules, and Lightning's validations, count on as many batches in every epoch.
+    assert len({len(epoch(0, number)) for number in range(8)}) == 1
     assert np.median(sizes) > 1700, "batches are full"
     # Equal work: what two processes compute with at a time is alike, and all of it is shared out.
     ranks = [epoch(0, 3, rank=rank, world=2) for rank in range(2)]
     assert sorted(flat(flat(ranks))) == everything
     target = [[int(lengths[1][batch].sum()) for batch in rank] for rank in ranks]
     apart = [abs(a - b) / max(a, b) for a, b in zip(*target) if a and b]
-    assert len(ranks[0]) == len(ranks[1]) and np.mean(apart) < 0.1
+    assert len(ranks[0]) == len(ranks[1]) and np.mean(apart) < 0.12
     by_size = data.BucketBatchSampler(*lengths, batch_size=64).padding_share()
     sampler = data.BucketBatchSampler(*lengths, batch_tokens=2048)
     assert sampler.padding_share() < 0.16 < by_size
@@ -2371,8 +2373,9 @@ def fit(
     model = tiny_model(vocab_size=len(prepared.tokenizer), dropout=0.1)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in freeze)
+    budget = config.batch_tokens
     loaders = [
-        data.make_loader(part, 64, 0, config.seed, shuffle)
+        data.make_loader(part, 64, 0, config.seed, shuffle, batch_tokens=budget)
         for part, shuffle in ((prepared.train, True), (prepared.validation, False))
     ]
     progress, record = progress or run.Progress(), None
@@ -2403,18 +2406,21 @@ def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("batch_tokens", [None, 650])
 def test_raw_and_lightning_walk_the_same_path(
-    prepared, precision, accumulate, monkeypatch
+    prepared, precision, accumulate, batch_tokens, monkeypatch
 ):
     """Dropout, clipping, schedule and uneven windows on: bit-identical weights and losses."""
     settings = {"precision": precision, "accumulate": accumulate, "clip_norm": 0.5}
-    settings |= {"average": 0.5}
+    settings |= {"average": 0.5, "batch_tokens": batch_tokens, "max_epochs": 4}
     monkeypatch.setattr(run, "LOG_EVERY", 3)  # or nothing would be averaged
     raw, raw_progress, _ = fit(prepared, "raw", **settings)
     torch.manual_seed(99)  # what either loop draws is its own doing
     lit, lit_progress, _ = fit(prepared, "lightning", **settings)
-    batches = math.ceil(len(prepared.train) / 64)
-    assert raw_progress.step == lit_progress.step == 2 * math.ceil(batches / accumulate)
+    loader = data.make_loader(prepared.train, 64, batch_tokens=batch_tokens)
+    steps = 4 * math.ceil(len(loader) / accumulate)
+    assert raw_progress.step == lit_progress.step == steps
+    assert len(raw_progress.validation) == 4
     for name in ("train", "validation", "rates", "best"):
         assert getattr(raw_progress, name) == getattr(lit_progress, name)
     assert same_weights(raw, lit)
