@@ -838,18 +838,22 @@ class BucketBatchSampler(Sampler[list[int]]):
         rank = np.empty(len(rows), int)
         rank[np.lexsort((source, target))] = np.arange(len(rows))
         stratum = rank * strata // max(len(rows), 1)
-        # There and back, so that a batch over the border of two strata, or of two source lengths, is
-        # no odd one. Only rows alike in both lengths change places from epoch to epoch, so that all
-        # epochs have as many batches: schedules and Lightning count on it.
+        # There and back, so that a batch over the border of two strata is no odd one.
         by_source = np.where(stratum % 2, -source, source)
-        by_target = np.where(source % 2, -target, target)
-        order = np.lexsort((by_target, by_source, stratum))
+        order = np.lexsort((by_source, stratum))
+        # Cut by the longest of those alike in stratum and source length, among which the order is
+        # random: as many batches in every epoch, which schedules and Lightning count on.
+        place = np.stack([stratum, source])[:, order]  # [2, N]
+        starts = np.ones(len(rows), bool)
+        starts[1:] = (place[:, 1:] != place[:, :-1]).any(axis=0)
+        widths = np.maximum.reduceat(longest[order], np.flatnonzero(starts))
+        widths = widths[np.cumsum(starts) - 1]  # [N]
         batches, start, widest = [], 0, 0
-        for i, row in enumerate(order):
-            widest = max(widest, int(longest[row]))
+        for i, width in enumerate(widths.tolist()):
+            widest = max(widest, width)
             if i > start and (i + 1 - start) * widest > self.batch_tokens:
                 batches.append(rows[order[start:i]])
-                start, widest = i, int(longest[row])
+                start, widest = i, width
         batches.append(rows[order[start:]])
         return batches
 
