@@ -674,7 +674,11 @@ def hold_out(groups: np.ndarray, sizes: list[int], seed: int = 0) -> list[np.nda
                 break
     rest = (part_of == len(sizes)).any()
     if any(left) or not rest:
-        raise InputError(f"cannot hold out {sizes} of {len(groups)} pairs")
+        wanted = " and ".join(map(str, sizes))
+        raise InputError(
+            f"cannot hold out {wanted} of {len(groups)} pairs and have some left; "
+            "ask for fewer, or give more pairs"
+        )
     return [np.flatnonzero(part_of[groups] == part) for part in range(len(sizes) + 1)]
 
 

@@ -35,6 +35,7 @@ import gc
 import json
 import math
 import pickle
+import shlex
 import sys
 import time
 import traceback
@@ -77,6 +78,13 @@ def check_counts(config, *names: str) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+
+
+def check_sizes(config, *names: str) -> None:
+    """ValueError where one of the fields is below 0, no number, or beyond all reason."""
+    for name in names:
+        if not 0 <= getattr(config, name) < 2**32:  # NaN fails too
+            raise ValueError(f"--{name.replace('_', '-')} must be in [0, 2^32)")
 
 
 @dataclass(frozen=True)
@@ -193,9 +201,7 @@ class TrainConfig:
         if self.validation_size >= 1 and self.validation_size % 1:
             raise ValueError("--validation-size: a share below 1 or a whole number")
         sizes = ("validation_size", "learning_rate", "clip_norm", "seed", "bleu_pairs")
-        for name in sizes:
-            if not 0 <= getattr(self, name) < 2**32:  # NaN fails too
-                raise ValueError(f"--{name.replace('_', '-')} must be in [0, 2^32)")
+        check_sizes(self, *sizes)
         for name in ("warmup", "label_smoothing", "average"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be in [0, 1)")
@@ -285,7 +291,7 @@ class DecodeOptions:
     )
     precision: str = option(
         "fp32",
-        "bf16 halves the memory; on a CPU it can also be slower (see README)",
+        "bf16 halves the memory; on a CPU it can also be slower",
         choices=("fp32", "bf16"),
     )
     device: str = device_option()
@@ -350,7 +356,9 @@ class EvaluateConfig(DecodeOptions):
     dataset: tuple[str, ...] = option(help="data files, or a hub name", required=True)
     subset: str | None = option(None, "subset of a hub data set")
     split: str = option("test", "split of a hub data set")
-    num_samples: int | None = option(None, "first pairs to score; default: all")
+    num_samples: int | None = option(
+        None, "first pairs to score; default: all with two sides"
+    )
     against: str | None = option(
         None, "another model folder: is the difference more than chance?"
     )
@@ -380,6 +388,7 @@ class SplitConfig:
 
     def __post_init__(self) -> None:
         check_counts(self, "validation", "test")
+        check_sizes(self, "seed")
 
 
 @dataclass(frozen=True)
@@ -781,8 +790,8 @@ class Progress:
     Attributes: step: optimizer steps done. epoch, batch: the batch to read next, from 0. train,
     validation: lists of (optimizer step, loss in nats per token); rates: of learning rates; bleu: of
     scores. best: the lowest validation loss and its step. epoch_loss: mean training loss over the
-    tokens of the last epoch, finished or not. seconds: spent in steps and validation. left_out:
-    batches for which memory did not suffice.
+    tokens of the last epoch, finished or not. seconds: spent in steps and validation. watched:
+    spent in `watch`, by this process. left_out: batches for which memory did not suffice.
     """
 
     SAVED = ("step", "epoch", "batch", "train", "validation", "rates", "bleu", "best")
@@ -812,7 +821,7 @@ class Progress:
         self.bleu: list[tuple[int, float]] = []
         self.best = (math.inf, 0)
         self.epoch_loss = math.nan
-        self.seconds = 0.0
+        self.seconds = self.watched = 0.0
         self.sums = [0.0, 0]  # loss and tokens since the last point, of this process
         self.epoch_sums = [0.0, 0]  # and of this epoch's points, of all
         self.checkpoint: Path | None = None
@@ -977,7 +986,9 @@ class Progress:
             if self._watch:
                 started = time.perf_counter()
                 self._watch(self, model)
-                self._started += time.perf_counter() - started
+                seconds = time.perf_counter() - started
+                self.watched += seconds
+                self._started += seconds
         if self._due:
             self.save()
 
@@ -989,7 +1000,8 @@ class Progress:
     @property
     def time_left(self) -> str:
         """Estimated from the steps so far, as 1:23:45."""
-        seconds = self.seconds / max(self.step, 1) * (self.total_steps - self.step)
+        seconds = (self.seconds + self.watched) / max(self.step, 1)
+        seconds *= self.total_steps - self.step
         minutes, seconds = divmod(round(seconds), 60)
         hours, minutes = divmod(minutes, 60)
         return f"{hours}:{minutes:02}:{seconds:02}"
@@ -1856,10 +1868,10 @@ def check_output(folder: Path, replaceable: bool = False) -> None:
     free = folder.is_dir() and not any(folder.iterdir())
     free = free or (replaceable and was_interrupted(folder))
     if folder == Path.cwd() or (folder.exists() and not free):
-        raise InputError(f"{folder} exists already; give --output another name")
+        raise InputError(f"{folder} exists already; give another name")
     parent = next(parent for parent in folder.parents if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise InputError(f"cannot write to {parent}; give another --output")
+        raise InputError(f"cannot write to {parent}; give another place")
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
@@ -2074,7 +2086,7 @@ def draw_curves(path: Path, progress: Progress) -> None:
         if points:
             lines += axes.plot(*zip(*points), label=label, **style)
     losses.set(ylabel="loss (nats per token)", yscale="log")
-    losses.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    losses.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
     losses.yaxis.set_major_formatter("{x:g}")  # 0.1 and not 10^-1
     losses.yaxis.set_minor_formatter(NullFormatter())
     if math.isfinite(progress.best[0]):
@@ -2082,9 +2094,10 @@ def draw_curves(path: Path, progress: Progress) -> None:
         losses.annotate(
             f"best: {loss:.3g}",
             (step, loss),
-            (0, 12),
+            (0, -22),
             textcoords="offset points",
             ha="right",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
         )
     scores.set(xlabel="optimizer step", ylabel="BLEU (greedy)", ylim=(0, None))
     rates.set(ylabel="learning rate", ylim=(0, None))
@@ -2583,7 +2596,7 @@ class Translator:
         """The best translation of each line."""
         return [best[0][0] for best in self(lines, len(lines))]
 
-    def report(self, unit: str = "line") -> None:
+    def report(self, unit: str = "line", by: str = "") -> None:
         """Say on stderr what did not go the usual way. `unit`: what was counted."""
         for what, (count, first) in self.notes.items():
             numbers = ", ".join(map(str, first)) + (
@@ -2592,7 +2605,7 @@ class Translator:
             which = (
                 f"{unit} {numbers}" if count == 1 else f"{count:,} {unit}s ({numbers})"
             )
-            print(f"note: {which}: {what}", file=sys.stderr)
+            print(f"note: {which}: {what}{by}", file=sys.stderr)
 
     def note(self, what: str, number: int) -> None:
         count, first = self.notes.get(what, (0, []))
@@ -4504,7 +4517,7 @@ def draw_growth(path: Path, report: dict) -> None:
             axis.grid(alpha=0.3, which="both")
             axis.spines[["top", "right"]].set_visible(False)
             axis.set_yscale("log")
-            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
             axis.yaxis.set_major_formatter("{x:,.0f}")
             axis.yaxis.set_minor_formatter(NullFormatter())
     axes[0][0].set_ylabel("real tokens per second")
@@ -4604,12 +4617,21 @@ def train(config: TrainConfig) -> int:
                 shutil.rmtree(checkpoints, ignore_errors=True)
             say("stopped", f"after step {progress.step}; its state is in {output}")
             if progress.checkpoint:
-                last = progress.checkpoint.parent
+                last = shlex.quote(str(progress.checkpoint.parent))
                 print(f"\nnext:  python run.py --resume {last}")
             return progress.exit_code
         say_trained(progress, config, metrics)
-        with progress.averaged():
-            score_model(model, prepared, config, metrics)
+        place = shlex.quote(str(output))
+        evaluation = f"python run.py evaluate --model {place} --dataset unseen.tsv"
+        try:
+            with progress.averaged():
+                score_model(model, prepared, config, metrics)
+        except Interrupted:
+            print(
+                f"the model is complete, its score is not: {evaluation}",
+                file=sys.stderr,
+            )
+            raise
         write_json(output / "metrics.json", metrics)
         monitor.keep(output, metrics)
     shutil.rmtree(checkpoints, ignore_errors=True)
@@ -4617,8 +4639,8 @@ def train(config: TrainConfig) -> int:
         say("modlee", f"took {record.seconds:.1f} s and recorded {record.run_path}")
         say("artifacts", ", ".join(record.artifacts))
     say("saved", f"{output}")
-    print(f"\nnext:  python run.py translate --model {output} 'The teacher sees you.'")
-    print(f"       python run.py evaluate --model {output} --dataset unseen.tsv")
+    print(f"\nnext:  python run.py translate --model {place} 'The teacher sees you.'")
+    print(f"       {evaluation}")
     return 0
 
 
@@ -4701,7 +4723,7 @@ def say_trained(progress: Progress, config: TrainConfig, metrics: dict) -> None:
     if progress.skipped:
         say("", f"{progress.skipped} steps were skipped: a gradient overflowed fp16")
     if progress.left_out:
-        say("", f"{progress.left_out} batches were left out for want of memory")
+        say("", f"{progress.left_out} batches were left out: out of memory")
     if progress.epoch < config.max_epochs:
         say("", "ended early: the validation loss did not improve any more")
     loss, step = metrics["val_loss"], metrics["best_step"]
@@ -4955,6 +4977,7 @@ def describe_run(
         "versions": versions(),
     }
     subset = f"/{config.subset} {config.split}" if config.subset else ""
+    subset = subset if data.is_on_hub(config.dataset) else ""
     invented = (
         " (built in and invented: no benchmark)"
         if config.dataset == (data.PHRASEBOOK,)
@@ -5093,9 +5116,9 @@ def evaluate(config: EvaluateConfig) -> int:
             raise InputError(f"{config.against} translates other languages")
     languages, tokenizer = translator.languages, translator.tokenizer
     batches = data.read_pairs(config.dataset, config.subset, config.split, languages)
-    pairs = (pair for batch in batches for pair in zip(*batch))
+    pairs = (pair for batch in batches for pair in zip(*batch) if all(pair))
     pairs = list(islice(pairs, config.num_samples))
-    if not any(source and target for source, target in pairs):
+    if not pairs:
         raise InputError(f"no pairs in {' '.join(config.dataset)}")
     sources, references = map(list, zip(*pairs))
     started = time.perf_counter()
@@ -5117,7 +5140,7 @@ def evaluate(config: EvaluateConfig) -> int:
     say("tokenizer", say_unk(result))
     if other:
         result["against"] = compare(hypotheses, other.first(sources), references)
-        other.report(f"pair of {config.against}")
+        other.report("pair", f" ({config.against})")
         say_comparison(config.against, result["against"])
     if config.sentences:
         path = Path(config.sentences).expanduser()
@@ -5165,7 +5188,8 @@ def say_comparison(name: str, report: dict) -> None:
 
 
 def write_sentences(path: Path, sources, hypotheses, references) -> None:
-    """chrF, line, source, translation, reference of every sentence, tab-separated, worst first."""
+    """chrF, number from 1, source, translation, reference of every pair, tab-separated, worst
+    first."""
     from sacrebleu.metrics import CHRF
 
     metric = CHRF()
@@ -5174,7 +5198,7 @@ def write_sentences(path: Path, sources, hypotheses, references) -> None:
         for number, texts in enumerate(zip(sources, hypotheses, references), 1)
         for _, hypothesis, reference in [texts]
     ]
-    lines = ["chrF\tline\tsource\ttranslation\treference"]
+    lines = ["chrF\tpair\tsource\ttranslation\treference"]
     lines += ["\t".join([f"{row[0]:.1f}", *map(str, row[1:])]) for row in sorted(rows)]
     text = "\n".join(lines) + "\n"
     write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

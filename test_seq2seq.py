@@ -2022,6 +2022,10 @@ def test_evaluate_scores_a_file(folder, tmp_path, capsys):
     assert main("evaluate", "--model", folder, "--dataset", path, "--json", report) == 0
     result = json.loads(report.read_text())
     assert result["pairs"] == 2 and result["unk_rate_source"] == 0.0
+    write_pairs(path, [*pairs, ("", ""), ("Half a pair.", "")])
+    assert main("evaluate", "--model", folder, "--dataset", path, "--json", report) == 0
+    again = json.loads(report.read_text())
+    assert (again["pairs"], again["bleu"]) == (2, result["bleu"])
     for name in (
         "bleu",
         "chrf",
@@ -3131,6 +3135,8 @@ def test_the_time_left_is_that_of_the_steps_to_come():
     progress = run.Progress()
     progress.step, progress.total_steps, progress.seconds = 100, 400, 1234.0
     assert progress.time_left == "1:01:42"
+    progress.watched = 10.0
+    assert progress.time_left == "1:02:12"
 
 
 # ---- fair scores ------------------------------------------------------------------------------
@@ -3187,9 +3193,24 @@ def test_split_files_are_trained_and_scored_on(tmp_path, capsys):
         assert main(*SMALL, *flags, "--output", tmp_path / "m") == 2
     assert "has no split 'vall', and files end in" in capsys.readouterr().err
     assert main("split", "--dataset", pairs, "--test", 450, tmp_path / "none") == 2
+    assert "ask for fewer, or give more pairs" in capsys.readouterr().err
+    assert main("split", "--dataset", pairs, "--seed", -1, tmp_path / "none") == 2
     more = (*SMALL[2:], *more, "--beam", 2, "--loop", "raw", "--output", tmp_path / "m")
     assert main(*more) == 0
     assert "40 test pairs, beam 2" in capsys.readouterr().out
+
+
+def test_a_score_that_is_interrupted_leaves_a_model_and_says_so(
+    tmp_path, capsys, monkeypatch
+):
+    def interrupted(*arguments) -> None:
+        raise run.Interrupted(130)
+
+    monkeypatch.setattr(run, "score_model", interrupted)
+    output = tmp_path / "a model"
+    assert main(*SMALL, "--loop", "raw", "--output", output) == 130
+    assert f"evaluate --model '{output}'" in capsys.readouterr().err
+    assert main("translate", "--model", output, "I see.") == 0
 
 
 def test_a_hub_data_set_is_validated_and_tested_on_its_own_splits(hub_home, tmp_path):
@@ -3225,7 +3246,7 @@ def test_evaluate_compares_two_models_and_names_the_worst(folder, tmp_path, caps
         assert metric["ours"][0] == metric["theirs"][0] and metric["p"] == 1
     assert "could be chance" in capsys.readouterr().out
     head, *lines = [line.split("\t") for line in table.read_text("utf-8").splitlines()]
-    assert head == ["chrF", "line", "source", "translation", "reference"]
+    assert head == ["chrF", "pair", "source", "translation", "reference"]
     assert [float(line[0]) for line in lines] == sorted(
         float(line[0]) for line in lines
     )
