@@ -2094,7 +2094,7 @@ def draw_curves(path: Path, progress: Progress) -> None:
         losses.annotate(
             f"best: {loss:.3g}",
             (step, loss),
-            (0, -22),
+            (0, 10),
             textcoords="offset points",
             ha="right",
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
