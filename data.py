@@ -763,8 +763,8 @@ class BucketBatchSampler(Sampler[list[int]]):
     longest target are at most that, each rounded up to a `multiple` (a longer row makes a batch by
     itself). Rows are shuffled, sorted by target length into strata and by source length in each, so
     that neither side holds many pads; cut into batches, as many in every epoch; and the batches
-    shuffled. With `batch_size`, every batch has so many rows, sorted inside pools of `POOL` batches. `shuffle=False` sorts
-    everything: the least padding, always the same order.
+    shuffled. With `batch_size`, every batch has so many rows, sorted inside pools of `POOL` batches.
+    `shuffle=False` sorts everything: the least padding, always the same order.
 
     Of `world` processes, each takes every world-th batch, from its `rank` on. All take equally many:
     where the batches run out, an empty one. With `batch_tokens` those taken together are alike, so
@@ -1080,9 +1080,14 @@ def prepare(
     return Data(tokenizer, train, validation, text, dict(dropped), given[1])
 
 
+def whole_pairs(batches: Iterable[TextBatch]) -> Iterator[tuple[str, str]]:
+    """The pairs that have two sides, which are all that is scored."""
+    return (pair for batch in batches for pair in zip(*batch) if all(pair))
+
+
 def _whole_text(batches: Iterable[TextBatch]) -> dict[str, list[str]]:
-    """All pairs that have two sides; InputError without any."""
-    pairs = [pair for batch in batches for pair in zip(*batch) if all(pair)]
+    """All of `whole_pairs`; InputError without any."""
+    pairs = list(whole_pairs(batches))
     if not pairs:
         raise InputError("the validation or test set holds no pairs")
     sources, targets = map(list, zip(*pairs))

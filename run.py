@@ -2944,7 +2944,6 @@ def serving(target: Callable, jobs: dict[str, tuple]) -> Iterator[dict[str, Call
 
 
 def choose_libraries(device: torch.device) -> list[str]:
-
     names = [name for name in LIBRARIES if name == "ours" or find_spec(name)]
     # CTranslate2 does not know MPS.
     return [name for name in names if name != "ctranslate2" or device.type != "mps"]
@@ -4517,7 +4516,7 @@ def draw_growth(path: Path, report: dict) -> None:
             axis.grid(alpha=0.3, which="both")
             axis.spines[["top", "right"]].set_visible(False)
             axis.set_yscale("log")
-            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.yaxis.set_major_formatter("{x:,.0f}")
             axis.yaxis.set_minor_formatter(NullFormatter())
     axes[0][0].set_ylabel("real tokens per second")
@@ -4846,7 +4845,11 @@ def noticing_lost_processes(progress: Progress | None = None) -> Iterator[None]:
             raise
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it to the others
         last = progress.checkpoint if progress else None
-        then = f"python run.py --resume {last.parent}" if last else "start again"
+        then = (
+            f"python run.py --resume {shlex.quote(str(last.parent))}"
+            if last
+            else "start again"
+        )
         raise Failed(
             f"another process of this run has ended; mend what it said, then: {then}"
         ) from None
@@ -4976,8 +4979,8 @@ def describe_run(
         "padding_share": round(train_loader.batch_sampler.padding_share(), 4),
         "versions": versions(),
     }
-    subset = f"/{config.subset} {config.split}" if config.subset else ""
-    subset = subset if data.is_on_hub(config.dataset) else ""
+    has_subset = config.subset and data.is_on_hub(config.dataset)
+    subset = f"/{config.subset} {config.split}" if has_subset else ""
     invented = (
         " (built in and invented: no benchmark)"
         if config.dataset == (data.PHRASEBOOK,)
@@ -5116,8 +5119,7 @@ def evaluate(config: EvaluateConfig) -> int:
             raise InputError(f"{config.against} translates other languages")
     languages, tokenizer = translator.languages, translator.tokenizer
     batches = data.read_pairs(config.dataset, config.subset, config.split, languages)
-    pairs = (pair for batch in batches for pair in zip(*batch) if all(pair))
-    pairs = list(islice(pairs, config.num_samples))
+    pairs = list(islice(data.whole_pairs(batches), config.num_samples))
     if not pairs:
         raise InputError(f"no pairs in {' '.join(config.dataset)}")
     sources, references = map(list, zip(*pairs))
