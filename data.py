@@ -50,6 +50,11 @@ class InputError(Exception):
     """Something the user gave cannot be used. The message is one line and says what to do next."""
 
 
+def in_one_line(error: BaseException, limit: int | None = 200) -> str:
+    """The message of an error, of `limit` characters at most."""
+    return " ".join(str(error).split())[:limit]
+
+
 # ---- text -------------------------------------------------------------------------------------
 
 # Romanian is written with comma below; older text has the cedilla of Turkish, which looks alike
@@ -196,7 +201,7 @@ def _parquet_rows(path: Path, languages: tuple[str, str]) -> Iterator[tuple[str,
                 for record in batch.to_pylist():
                     yield _record_pair(record, languages, str(path))
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:80]
+        reason = in_one_line(error, 80)
         raise InputError(f"{path}: no readable parquet file ({reason})") from None
 
 
@@ -254,7 +259,7 @@ def _hub_table(name: str, subset: str | None, split: str | None):
         return datasets.load_dataset(name, subset, split=split)
     except Exception as error:  # noqa: BLE001 - of many kinds, others in every version
         if online:
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            reason = f"{type(error).__name__}: {in_one_line(error)}"
         else:
             reason = "it is not cached here and the hub cannot be reached"
         label = "/".join(filter(None, (name, subset, split)))
@@ -407,7 +412,7 @@ def load_tokenizer(name: str):
     except Exception as error:  # noqa: BLE001 - of many kinds, others in every version
         reason = "it is not cached here and the hub cannot be reached"
         if online:
-            reason = " ".join(str(error).split())[:120]
+            reason = in_one_line(error, 120)
         raise InputError(
             f"cannot load tokenizer {name}: {reason}; give another name, the folder of a "
             "tokenizer, or train one: --tokenizer train:8000"
@@ -953,7 +958,8 @@ class Data:
     tokenizer: object
     train: PairDataset
     validation: PairDataset
-    validation_text: dict[str, list[str]]  # "source" and "target", in row order
+    # "source" and "target", in row order; of a given set also what is over-long
+    validation_text: dict[str, list[str]]
     dropped: dict[str, int]  # pairs lost in cleaning, by reason
     test_text: dict[str, list[str]] | None = None  # where a test set was given
 
@@ -1072,7 +1078,9 @@ def prepare(
         ]
     if given[0]:
         pairs = [(given[0]["source"], given[0]["target"])]
-        tables.append(to_table(encode(pairs, tokenizer, max_length, Counter())))
+        beyond = Counter()
+        tables.append(to_table(encode(pairs, tokenizer, max_length, beyond)))
+        dropped["over-long validation"] = beyond["over-long"]
     if None in tables:
         raise InputError(f"training or validation is empty{describe_dropped(dropped)}")
     text = given[0] or tables[1].select(["source", "target"]).to_pydict()

@@ -29,25 +29,44 @@ if __name__ == "__main__":
 import argparse
 import atexit
 import contextlib
+import copy
+import ctypes
 import dataclasses
 import difflib
 import gc
+import io
 import json
+import logging
 import math
+import multiprocessing
 import pickle
+import platform
+import random
 import shlex
+import shutil
+import ssl
 import sys
+import tempfile
 import time
 import traceback
 import typing
+import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import MISSING, dataclass, field
 from datetime import datetime
 from functools import partial
+from importlib import metadata
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
+from statistics import median
+from threading import RLock
+from types import MethodType
+from unittest.mock import patch
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 # ---- settings ---------------------------------------------------------------------------------
 # One frozen dataclass per command. Its fields are the flags, its defaults the only defaults.
@@ -562,12 +581,14 @@ def parse_command_line(arguments: list[str]):
         parser.error(str(error))
 
 
-# Settings that may change when a run is resumed: they have no part in what is learnt.
+# Settings that may change when a run is resumed: they have no part in what is learnt, unless memory
+# does not suffice.
 MAY_CHANGE = {
     "output",
     "checkpoint_every",
     "resume",
     "resume_anyway",
+    "modlee",
     "push",
     "mlruns",
     "cache",
@@ -585,12 +606,14 @@ def resumed_settings(given: dict) -> dict:
         settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
     except (OSError, ValueError, KeyError):
         raise ValueError(f"--resume: no checkpoints in {given['resume']}") from None
+    if settings.keys() != {entry.name for entry in dataclasses.fields(TrainConfig)}:
+        raise ValueError(f"--resume: {path} is of another version of this program")
     for name in ("dataset", "validation_set", "test_set"):
-        settings[name] = settings.get(name) and tuple(settings[name])
+        settings[name] = settings[name] and tuple(settings[name])
     differ = [
-        f"--{name.replace('_', '-')} (was {settings.get(name)})"
+        f"--{name.replace('_', '-')} (was {settings[name]})"
         for name, value in given.items()
-        if name not in MAY_CHANGE and settings.get(name) != value
+        if name not in MAY_CHANGE and settings[name] != value
     ]
     if differ and not given.get("resume_anyway"):
         raise ValueError(
@@ -615,6 +638,7 @@ os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import data
 from data import InputError
@@ -664,7 +688,8 @@ def choose_precision(name: str, device: torch.device) -> str:
         return name
     if device.type != "cuda":
         return "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    # `is_bf16_supported` is true of older cards too, which emulate it.
+    return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
 
 
 def use_tensor_cores(device: torch.device) -> None:
@@ -727,10 +752,7 @@ def clip_gradients(model: nn.Module, config: TrainConfig) -> None:
 
 
 def batch_loss(
-    model: nn.Module,
-    batch: tuple[Tensor, Tensor],
-    pad_id: int,
-    label_smoothing: float = 0.0,
+    model: nn.Module, batch: tuple[Tensor, Tensor], label_smoothing: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """(input_ids [B, S], labels [B, T]) -> (summed loss [], tokens []), by teacher forcing."""
     input_ids, labels = batch
@@ -791,11 +813,11 @@ class Progress:
     validation: lists of (optimizer step, loss in nats per token); rates: of learning rates; bleu: of
     scores. best: the lowest validation loss and its step. epoch_loss: mean training loss over the
     tokens of the last epoch, finished or not. seconds: spent in steps and validation. watched:
-    spent in `watch`, by this process. left_out: batches for which memory did not suffice.
+    spent in `watch`, by the first process. left_out: batches for which memory did not suffice.
     """
 
     SAVED = ("step", "epoch", "batch", "train", "validation", "rates", "bleu", "best")
-    SAVED += ("seconds", "epoch_loss", "epoch_sums", "sums", "left_out")
+    SAVED += ("seconds", "watched", "epoch_loss", "epoch_sums", "sums", "left_out")
 
     def __init__(
         self,
@@ -846,7 +868,9 @@ class Progress:
         what belongs into a checkpoint, and is put back from a loaded one."""
         self._parts, self.total_steps = parts, total_steps
         if config.average:
-            updates = config.average * total_steps / LOG_EVERY
+            # One every so many steps, and one at the end of an epoch.
+            each = math.ceil(total_steps / config.max_epochs / LOG_EVERY)
+            updates = config.average * config.max_epochs * each
             self._average = parts["average"] = WeightAverage(parts["model"], updates)
         for name in parts.keys() & self._loaded.keys():
             parts[name].load_state_dict(self._loaded.pop(name))
@@ -973,6 +997,9 @@ class Progress:
     def end_epoch(self, validation_loss: float) -> None:
         """The epoch's last step was done and the model, with `averaged` weights, validated."""
         self.flush()
+        if not math.isfinite(validation_loss):
+            what = f"the validation loss after step {self.step} is {validation_loss}"
+            raise self._diverged(what)
         self.epoch_sums = [0.0, 0]
         self.validation.append((self.step, validation_loss))
         self.epoch, self.batch = self.epoch + 1, 0
@@ -1115,10 +1142,8 @@ def train_raw(
     """Plain PyTorch: autocast, loss scaling, accumulation, clipping, schedule, validation, and
     one process per device under torchrun."""
     from torch.nn.parallel import DistributedDataParallel
-    from tqdm import tqdm
 
     device = next(model.parameters()).device
-    pad_id = model.config.pad_id
     in_precision = autocast(device, config.precision)
     # Enabled for fp16 alone: small gradients would vanish there. Otherwise it does nothing.
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
@@ -1152,9 +1177,7 @@ def train_raw(
             with contextlib.nullcontext() if alone else network.no_sync():
                 try:
                     with in_precision:
-                        loss_sum, _ = batch_loss(
-                            network, batch, pad_id, config.label_smoothing
-                        )
+                        loss_sum, _ = batch_loss(network, batch, config.label_smoothing)
                     progress.add(loss_sum, sampler, index)
                     loss = step_share(loss_sum, sampler, index, accumulate)
                     scaler.scale(loss / accumulate).backward()
@@ -1211,10 +1234,8 @@ def compile_model(model: nn.Module) -> bool:
             raise RuntimeError("torch 2.5 or newer would be needed")
         torch.compile(torch.sin)(torch.ones(2, device=device))
     except RuntimeError as error:  # all of torch's complaints about a missing compiler
-        reason = str(error).strip().splitlines()[0]
         print(
-            f"note: --compile is left out: {reason}",
-            file=sys.stderr,
+            f"note: --compile is left out: {data.in_one_line(error)}", file=sys.stderr
         )
         return False
     # Layer by layer: all layers of a kind share one graph, and what depends on how many pads a batch
@@ -1233,12 +1254,12 @@ def count_graphs() -> int:
 @torch.no_grad()
 def validate(model: nn.Module, loader, in_precision) -> float:
     """Loss in nats per token over a loader, without dropout or smoothing."""
-    device, pad_id = next(model.parameters()).device, model.config.pad_id
+    device = next(model.parameters()).device
     model.eval()
     losses = []
     for batch in loader:
         with in_precision:
-            losses.append(batch_loss(model, [ids.to(device) for ids in batch], pad_id))
+            losses.append(batch_loss(model, [ids.to(device) for ids in batch]))
     return mean_loss(losses)
 
 
@@ -1247,7 +1268,6 @@ def validate(model: nn.Module, loader, in_precision) -> float:
 
 def import_lightning():
     """lightning.pytorch, without the word on setuptools with which 2.3 greets its users."""
-    import warnings
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*pkg_resources.*")
@@ -1305,6 +1325,8 @@ def adapter_class(base: type) -> type:
             # Lightning leaves unscaling to a fused optimizer, which would do it after clipping.
             scaler = getattr(self.trainer.precision_plugin, "scaler", None)
             if scaler is not None and optimizer.param_groups[0].get("fused"):
+                if not self._has_loss:
+                    return  # it takes no step then, and unscaled gradients must not be again
                 scaler.unscale_(optimizer)
             if self.run_config.strategy != "fsdp":
                 clip_gradients(self.model, self.run_config)
@@ -1338,13 +1360,12 @@ def adapter_class(base: type) -> type:
             if batch_idx % config.accumulate == 0:
                 seed_step(config.seed, self.progress.step, sampler.rank)
             self._batch = batch, sampler, batch_idx
-            pad_id = self.model.config.pad_id
+            self._has_loss = True
             try:
-                loss_sum, _ = batch_loss(
-                    self.model, batch, pad_id, config.label_smoothing
-                )
+                loss_sum, _ = batch_loss(self.model, batch, config.label_smoothing)
             except RuntimeError as error:
                 self.progress.leave_out(error, self.model, *self._batch)
+                self._has_loss = False
                 return None
             self.progress.add(loss_sum, sampler, batch_idx)
             return step_share(loss_sum, sampler, batch_idx, config.accumulate)
@@ -1375,9 +1396,7 @@ def adapter_class(base: type) -> type:
             self._judged.__enter__()
 
         def validation_step(self, batch, batch_idx) -> None:
-            self._validation.append(
-                batch_loss(self.model, batch, self.model.config.pad_id)
-            )
+            self._validation.append(batch_loss(self.model, batch))
 
         def on_validation_epoch_end(self) -> None:
             self._judged.__exit__(None, None, None)
@@ -1484,8 +1503,6 @@ def train_lightning(
 ) -> None:
     """`Trainer.fit` on the adapter; the progress bar goes to stderr. changes: of the Trainer's
     arguments."""
-    import logging
-    import warnings
 
     progress = adapter.progress
     if progress.epoch >= config.max_epochs or progress.has_lost_patience(config):
@@ -1553,9 +1570,6 @@ def train_lightning(
 
 def import_modlee():
     """The package, or None where it is not installed. The process is left as it was."""
-    import logging
-    import ssl
-    import warnings
 
     if find_spec("modlee") is None:
         return None
@@ -1602,8 +1616,6 @@ def snapshot(module: nn.Module) -> Callable[[], None]:
     """A function that puts back what Modlee's callbacks change: the random states, which parameters
     are trainable (its graph export ends by making all of them so), which modules are in training
     mode, and torch's print options."""
-    import copy
-    import random
 
     printing = torch._tensor_str.PRINT_OPTS  # there is no public way to read them
     print_options = copy.copy(vars(printing))
@@ -1630,7 +1642,6 @@ def snapshot(module: nn.Module) -> Callable[[], None]:
 
 def small_converter(modlee) -> object:
     """Modlee's model-to-code converter without its expensive habits and its leftovers."""
-    import tempfile
 
     import networkx
 
@@ -1676,17 +1687,16 @@ class ModleeRecord:
     """One training run recorded by Modlee.
 
     Attributes: run_path: folder of the run. artifacts: names of the files in it.
-    seconds: what Modlee took. tokens: the tokenizer behind its data metafeatures.
+    seconds: what Modlee took.
     """
 
     def __init__(self, modlee, config: TrainConfig, prepared: data.Data):
         self.modlee, self.config, self.prepared = modlee, config, prepared
-        self.seconds, self.tokens = 0.0, ""
+        self.seconds = 0.0
         self.run_path, self.artifacts = "", []
 
     def fit(self, adapter, fit: Callable[[], None]) -> None:
         """Run `fit` inside an MLflow run, with Modlee's callbacks on the adapter."""
-        import logging
 
         import mlflow
 
@@ -1717,9 +1727,6 @@ class ModleeRecord:
 
     def callbacks(self, adapter, restore: contextlib.ExitStack) -> list:
         """Modlee's own, behind one that notes the state they are going to change."""
-        import io
-        import warnings
-        from unittest.mock import patch
 
         from lightning.pytorch.callbacks import Callback
         from modlee.model import callbacks as stock
@@ -1781,7 +1788,7 @@ class ModleeRecord:
         rows = [train[row] for row in range(min(len(train), 200))]
         matrices = data.pad_batch(rows, own.pad_token_id)
         view = DataLoader(TensorDataset(*matrices), batch_size=2)
-        self.tokens, tokenizer = modlee_tokenizer(own)
+        tokenizer = modlee_tokenizer(own)
 
         class BoundedMetafeatures(stock.DataMetafeatures):
             def __init__(self, dataloader):
@@ -1793,7 +1800,6 @@ class ModleeRecord:
 
     def push(self) -> None:
         """Upload the run. A server that does not answer costs seconds, not the run."""
-        import tempfile
 
         say("modlee", "uploading source, graphs, parameters, metrics and paths")
         key, here = os.environ["MODLEE_API_KEY"], os.getcwd()
@@ -1810,8 +1816,8 @@ class ModleeRecord:
         say("modlee", "uploaded" if sent else f"not uploaded: {reason}")
 
 
-def modlee_tokenizer(own) -> tuple[str, object]:
-    """(name, tokenizer) for data metafeatures: GPT-2's, as Modlee's are, where it can be had."""
+def modlee_tokenizer(own):
+    """The tokenizer for data metafeatures: GPT-2's, as Modlee's is, where it can be had."""
     from transformers import GPT2Tokenizer
 
     for only_cached in (True, False):
@@ -1822,8 +1828,8 @@ def modlee_tokenizer(own) -> tuple[str, object]:
                 "gpt2", local_files_only=only_cached
             )
             tokenizer.pad_token = tokenizer.eos_token
-            return "gpt2", tokenizer
-    return "own", own
+            return tokenizer
+    return own
 
 
 # ---- the model folder -------------------------------------------------------------------------
@@ -1876,8 +1882,6 @@ def check_output(folder: Path, replaceable: bool = False) -> None:
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     """Create a folder that appears under its name only when `fill` has completed it."""
-    import shutil
-    import tempfile
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix="model.", dir=folder.parent))
@@ -1947,7 +1951,7 @@ def failing_in_one_line(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:  # RuntimeError: torch's writer
-        reason = str(error).strip().splitlines()[0][:200]
+        reason = data.in_one_line(error)
         last = max(path.parent.glob("step-*.pt"), default=None)
         then = f"{last} is intact: make room, then --resume {path.parent}"
         then = then if last else "there is none before it"
@@ -1969,7 +1973,7 @@ def read_state(path: Path) -> dict | None:
         pickle.PickleError,
         zipfile.BadZipFile,
     ) as error:
-        reason = str(error).strip().splitlines()[0][:100]
+        reason = data.in_one_line(error)
         print(f"note: {path} cannot be read ({reason})", file=sys.stderr)
         return None
 
@@ -2048,7 +2052,7 @@ def load_model(folder: str, device: torch.device):
         RuntimeError,
         SafetensorError,
     ) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = data.in_one_line(error)
         raise InputError(
             f"{folder} is no model folder of this program: {reason}"
         ) from None
@@ -2133,7 +2137,6 @@ class Monitor:
             self.recorders.append(TensorBoard(config))
 
     def __call__(self, progress: Progress, model: nn.Module) -> None:
-        from tqdm import tqdm
 
         step, loss = progress.validation[-1]
         best = " (best)" if progress.best[1] == step else ""
@@ -2182,7 +2185,7 @@ class Monitor:
             try:
                 getattr(recorder, what)(*arguments)
             except Exception as error:  # noqa: BLE001 - of whatever kind a store may raise
-                reason = " ".join(str(error).split())[:200]
+                reason = data.in_one_line(error)
                 name = type(recorder).__name__
                 print(f"\nnote: no more records: {name}: {reason}", file=sys.stderr)
                 self.recorders.remove(recorder)
@@ -2287,9 +2290,6 @@ class MlflowRun(Recorder):
 
     def keep(self, folder: Path, metrics: dict) -> None:
         """The scores, the picture and the model folder, whose files are not written twice."""
-        import shutil
-        from urllib.parse import urlparse
-        from urllib.request import url2pathname
 
         for name in ("bleu", "chrf"):
             if metrics[name] is not None:
@@ -2337,6 +2337,30 @@ class TensorBoard(Recorder):
 EXPORTED_POSITIONS = 1024  # rows of the position table in an exported folder
 
 
+def transformers_settings(config: Seq2SeqConfig, vocab_size: int) -> dict:
+    """Ours in the words of transformers' Pegasus and Marian."""
+    settings = {
+        "vocab_size": vocab_size,
+        "d_model": config.d_model,
+        "encoder_layers": config.num_encoder_layers,
+        "decoder_layers": config.num_decoder_layers,
+        "max_position_embeddings": EXPORTED_POSITIONS,
+        "tie_word_embeddings": config.tie_embeddings,
+        "activation_function": "relu",
+        "scale_embedding": True,
+        "dropout": config.dropout,
+        "attention_dropout": 0.0,
+        "activation_dropout": 0.0,
+        "pad_token_id": config.pad_id,
+        "eos_token_id": config.eos_id,
+        "decoder_start_token_id": config.pad_id,
+    }
+    for side in ("encoder", "decoder"):
+        settings[f"{side}_attention_heads"] = config.nhead
+        settings[f"{side}_ffn_dim"] = config.dim_feedforward
+    return settings
+
+
 def to_transformers(model: TransformerSeq2SeqModel):
     """The same model as transformers' Pegasus (pre-LN) or Marian (post-LN), weights copied.
 
@@ -2355,31 +2379,13 @@ def to_transformers(model: TransformerSeq2SeqModel):
     kind = "Pegasus" if config.norm_first else "Marian"
     # CTranslate2 cuts the last row off Marian's vocabulary, where other models keep their pad.
     spare = 0 if config.norm_first else 1
-    sizes = {
-        "vocab_size": config.vocab_size + spare,
-        "d_model": config.d_model,
-        "encoder_layers": config.num_encoder_layers,
-        "decoder_layers": config.num_decoder_layers,
-        "max_position_embeddings": EXPORTED_POSITIONS,
-        "tie_word_embeddings": config.tie_embeddings,
-    }
-    for side in ("encoder", "decoder"):
-        sizes[f"{side}_attention_heads"] = config.nhead
-        sizes[f"{side}_ffn_dim"] = config.dim_feedforward
+    settings = transformers_settings(config, config.vocab_size + spare)
     if spare:
-        sizes["decoder_vocab_size"] = sizes["vocab_size"]
+        settings["decoder_vocab_size"] = settings["vocab_size"]
     exported_config = getattr(transformers, f"{kind}Config")(
-        **sizes,
-        activation_function="relu",
-        scale_embedding=True,
+        **settings,
         normalize_before=config.norm_first,  # this and the next are read by CTranslate2
         normalize_embedding=False,
-        dropout=config.dropout,
-        attention_dropout=0.0,
-        activation_dropout=0.0,
-        pad_token_id=config.pad_id,
-        eos_token_id=config.eos_id,
-        decoder_start_token_id=config.pad_id,
         forced_eos_token_id=None,
     )
     name = {"Pegasus": "PegasusForConditionalGeneration", "Marian": "MarianMTModel"}
@@ -2493,9 +2499,6 @@ class Translator:
 
         Should `lines` fail, what came before is translated first.
         """
-        from itertools import islice
-
-        from tqdm import tqdm
 
         numbered = enumerate(lines, 1)
         with tqdm(
@@ -2548,7 +2551,6 @@ class Translator:
 
     def decode(self, pieces: list[tuple[int, list[int]]]) -> list[list[Hypothesis]]:
         """The hypotheses of each piece (number of its line, token ids), best first."""
-        import random
 
         options, device = self.options, next(self.model.parameters()).device
         pad_id, count = self.model.config.pad_id, options.num_return
@@ -2704,7 +2706,6 @@ def score(hypotheses: list[str], references: list[str]) -> dict:
 
 
 def versions() -> dict[str, str | None]:
-    from importlib import metadata
 
     found = {"python": sys.version.split()[0]}
     for name in (
@@ -2728,7 +2729,6 @@ def versions() -> dict[str, str | None]:
 
 def reference_case(config: BenchDecodeConfig, device: torch.device):
     """(model, tokenizer, ids of the sentences) of a benchmark."""
-    from itertools import islice
 
     if config.model is None:
         sizes = {"demo": TrainConfig(), "tutorial": TrainConfig(**PRESETS["tutorial"])}
@@ -2808,7 +2808,6 @@ def load_transformers(model, tokenizer, limit: int, threads: int) -> Decoder:
 
 def load_ctranslate2(model, tokenizer, limit: int, threads: int) -> Decoder:
     """CTranslate2, by its own converter of the exported folder."""
-    import tempfile
 
     import ctranslate2
     import transformers
@@ -2913,7 +2912,6 @@ def serving(target: Callable, jobs: dict[str, tuple]) -> Iterator[dict[str, Call
     Yields name -> function that sends what it is given, if anything, and returns the answer. A
     process that answers with an InputError, or dies, raises it here.
     """
-    import multiprocessing
 
     context = multiprocessing.get_context("spawn")
     processes, pipes = [], {}
@@ -2982,7 +2980,6 @@ def synchronize(device: torch.device) -> None:
 
 def memory_peak(device: torch.device, reset: bool = False) -> int | None:
     """Peak memory in bytes since the last reset: of the device, or of this process on Linux."""
-    import ctypes
 
     if device.type == "cuda":
         if reset:
@@ -3015,9 +3012,6 @@ def floor_seconds(
 
 def bench_decode(config: BenchDecodeConfig) -> int:
     """Every library in turn, round by round."""
-    from statistics import median
-
-    from tqdm import tqdm
 
     check_report(config.json)
     device = choose_device(config.device)
@@ -3133,7 +3127,6 @@ def chunks(items: list, size: int) -> Iterator[list]:
 
 
 def describe_machine(device: torch.device) -> str:
-    import platform
 
     if device.type == "cuda":
         return torch.cuda.get_device_name()
@@ -3353,7 +3346,6 @@ def trainer_changes(
 
 def bench_adapter(arm: Arm, model, config: TrainConfig, progress: Progress):
     """The adapter around a model, as an arm wants it."""
-    from types import MethodType
 
     module = import_lightning().LightningModule
     if arm.modlee is not None:
@@ -3403,7 +3395,6 @@ def bench_case(config: TrainConfig, prepared: data.Data, device: torch.device):
 def taken_apart(gate: Gate, wait: bool) -> Iterator[None]:
     """Note in gate.parts how long is spent in what every arm calls: loading, forward, backward,
     clipping, Adam. What is left of a step is the loop around it. wait: for the device, each time."""
-    from unittest.mock import patch
 
     from torch.utils.data.dataloader import _BaseDataLoaderIter
 
@@ -3459,9 +3450,6 @@ def profile_steps(config: TrainConfig, prepared: data.Data, device, path: Path) 
 
 def retire(config: TrainConfig) -> None:
     """Let this process live in the folder of a benchmark, and write and draw its bars there."""
-    from threading import RLock
-
-    from tqdm import tqdm
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # for the process that asks
     os.chdir(Path(config.mlruns).parent)
@@ -3536,7 +3524,7 @@ def serve_start(
             try:
                 function(*arguments)
             except Exception as error:  # noqa: BLE001 - a stock callback may raise anything
-                trouble = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
+                trouble = f"{type(error).__name__}: {data.in_one_line(error, 80)}"
             found[name] = (time.perf_counter() - started, trouble)
 
         return wrapper
@@ -3645,9 +3633,6 @@ def take_turns(names: list[str], serve: dict, turns: int, bar) -> dict[str, dict
 
 def bench(config: BenchConfig) -> int:
     """Group by group of arms and size by size; then the table, the figures and the picture."""
-    import tempfile
-
-    from tqdm import tqdm
 
     for flag in ("json", "picture", "profile"):
         check_report(getattr(config, flag), f"--{flag}")
@@ -4080,25 +4065,7 @@ class Marian(nn.Module):
         from transformers import MarianConfig, MarianMTModel
 
         rows = data.round_up(config.vocab_size, VOCAB_MULTIPLE)
-        settings = MarianConfig(
-            vocab_size=rows,
-            d_model=config.d_model,
-            encoder_layers=config.num_encoder_layers,
-            decoder_layers=config.num_decoder_layers,
-            encoder_attention_heads=config.nhead,
-            decoder_attention_heads=config.nhead,
-            encoder_ffn_dim=config.dim_feedforward,
-            decoder_ffn_dim=config.dim_feedforward,
-            activation_function="relu",
-            dropout=config.dropout,
-            attention_dropout=0.0,
-            max_position_embeddings=1024,
-            scale_embedding=True,
-            pad_token_id=config.pad_id,
-            eos_token_id=config.eos_id,
-            decoder_start_token_id=config.pad_id,
-            use_cache=False,
-        )
+        settings = MarianConfig(**transformers_settings(config, rows), use_cache=False)
         try:
             settings._attn_implementation = "sdpa"
             self.model = MarianMTModel(settings)
@@ -4204,7 +4171,6 @@ def serve_trainee(
 ) -> None:
     """Answers, whenever asked, what a turn over the batches took; first of all None, or why this
     trainee is left out."""
-    import warnings
 
     warnings.filterwarnings("ignore", "enable_nested_tensor")  # of nn.Transformer
     device = choose_device(device_name)
@@ -4311,7 +4277,6 @@ def compare_trainees(answers: list[dict], tokens: int, our_tokens: int) -> list[
 
 def bench_train(config: BenchTrainConfig) -> int:
     """Everything in turn, turn by turn, each in a process of its own."""
-    from tqdm import tqdm
 
     check_report(config.json)
     check_report(None if config.peers else config.picture, "--picture")
@@ -4538,13 +4503,13 @@ def say(topic: str, text: str) -> None:
 
 def train(config: TrainConfig) -> int:
     """Prepare data, train, save, evaluate. Returns the exit code."""
-    import shutil
 
     # First all that can be refused at once, before data is read for minutes.
-    output = config.output
-    if output is None:
-        output = f"runs/{datetime.now():%Y%m%d-%H%M%S}-{config.preset}"
-    output = Path(output).expanduser()
+    named = config.output is not None
+    output = Path(
+        config.output or f"runs/{datetime.now():%Y%m%d-%H%M%S}-{config.preset}"
+    )
+    output = output.expanduser()
     check_output(output, replaceable=config.resume is not None)
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device)
@@ -4553,6 +4518,10 @@ def train(config: TrainConfig) -> int:
     if config.devices not in (1, world):
         raise InputError(
             f"--devices {config.devices}, but torchrun has started {world}"
+        )
+    if config.resume is not None and config.devices != world:
+        raise InputError(
+            f"the run was of {config.devices} process, but torchrun has started {world}"
         )
     config = dataclasses.replace(
         config, precision=precision, output=str(output), devices=world
@@ -4571,6 +4540,10 @@ def train(config: TrainConfig) -> int:
     model = build_model(config, prepared.tokenizer).to(device)
     loaders = build_loaders(config, prepared, model.config.pad_id, device, rank)
     metrics = describe_run(config, prepared, model, loaders[0], device)
+    if not named:
+        output = claim_name(output, rank, world)
+        config = dataclasses.replace(config, output=str(output))
+        checkpoints = checkpoint_folder(config)
     digest = f"{prepared.train.digest()} {prepared.validation.digest()}"
     interval = config.checkpoint_interval()
     wanted = interval != (math.inf, math.inf)
@@ -4612,9 +4585,9 @@ def train(config: TrainConfig) -> int:
                 save_model(output, model, tokenizer, config, unscored, progress, best)
         if progress.stop:
             monitor.keep(output, metrics)
-            if not wanted:
+            if not wanted and config.resume is None:
                 shutil.rmtree(checkpoints, ignore_errors=True)
-            say("stopped", f"after step {progress.step}; its state is in {output}")
+            say("stopped", f"after step {progress.step}; its weights are in {output}")
             if progress.checkpoint:
                 last = shlex.quote(str(progress.checkpoint.parent))
                 print(f"\nnext:  python run.py --resume {last}")
@@ -4641,6 +4614,24 @@ def train(config: TrainConfig) -> int:
     print(f"\nnext:  python run.py translate --model {place} 'The teacher sees you.'")
     print(f"       {evaluation}")
     return 0
+
+
+def claim_name(output: Path, rank: int, world: int) -> Path:
+    """`output`, with a number behind it where a run that started in the same second has it; claimed
+    by making its folder of checkpoints, and the same for all processes."""
+    names, number = [output], 1
+    while rank == 0:
+        try:
+            Path(f"{names[0]}.checkpoints").mkdir(parents=True)
+            break
+        except FileExistsError:
+            number += 1
+            names = [Path(f"{output}-{number}")]
+    if world > 1:
+        from torch import distributed
+
+        distributed.broadcast_object_list(names)
+    return names[0]
 
 
 def build_loaders(
@@ -4909,7 +4900,6 @@ def held_out_source(config: TrainConfig, field: str) -> tuple | None:
 
 def prepare_data(config: TrainConfig) -> data.Data:
     """Pairs, ids and tokenizer; kept for the next start, where that is wanted."""
-    import shutil
 
     languages = (config.source_lang, config.target_lang)
     held_out = [
@@ -5024,7 +5014,8 @@ def describe_training(
         "train_seconds": round(progress.seconds, 2),
         "tokens_per_second": round(real_tokens / max(progress.seconds, 1e-9), 1),
         "train_loss": finite(progress.epoch_loss),
-        "val_loss": finite(validation_loss),  # of the weights in the folder
+        # Of the weights in the folder; where the run was stopped amid an epoch, of those before.
+        "val_loss": finite(validation_loss),
         "best_step": progress.step,  # whose they are
         "last_val_loss": finite(validation_loss),
         "scored": None,
@@ -5105,7 +5096,6 @@ def translate(config: TranslateConfig) -> int:
 
 
 def evaluate(config: EvaluateConfig) -> int:
-    from itertools import islice
 
     check_report(config.json)
     check_report(config.sentences, "--sentences")
@@ -5131,6 +5121,9 @@ def evaluate(config: EvaluateConfig) -> int:
         "model": config.model,
         "dataset": list(config.dataset),
         "pairs": len(sources),
+        "beam": config.beam,
+        "length_penalty": config.length_penalty,
+        "precision": config.precision,
         **score(hypotheses, references),
         "unk_rate_source": unk_rate(sources, tokenizer),
         "unk_rate_target": unk_rate(references, tokenizer),
@@ -5141,9 +5134,10 @@ def evaluate(config: EvaluateConfig) -> int:
     say_score(result)
     say("tokenizer", say_unk(result))
     if other:
-        result["against"] = compare(hypotheses, other.first(sources), references)
+        comparison = compare(hypotheses, other.first(sources), references)
+        result["against"] = {"model": config.against, **comparison}
         other.report("pair", f" ({config.against})")
-        say_comparison(config.against, result["against"])
+        say_comparison(config.against, comparison)
     if config.sentences:
         path = Path(config.sentences).expanduser()
         write_sentences(path, sources, hypotheses, references)
@@ -5271,7 +5265,7 @@ def main(command: str, config) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (InputError, OSError) as error:  # disk full, no permission, name too long
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {data.in_one_line(error, None)}", file=sys.stderr)
         return 2
 
 

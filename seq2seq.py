@@ -329,7 +329,7 @@ def attend(
 
 
 class _Layer(nn.Module):
-    """What encoder and decoder layers share: residual branches and the feed-forward block."""
+    """What encoder and decoder layers share: residual branches, self-attention, feed-forward."""
 
     def __init__(self, config: "Seq2SeqConfig"):
         super().__init__()
@@ -347,6 +347,23 @@ class _Layer(nn.Module):
             return x + self.dropout(branch(norm(x)))
         return norm(x + self.dropout(branch(x)))
 
+    def attend_to_self(
+        self,
+        x: Tensor,
+        tokens: Unpadded,
+        positions: nn.Module,
+        mask: Tensor | None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """The first branch: x [N, D], the real tokens of a batch -> [N, D]."""
+
+        def branch(h: Tensor) -> Tensor:
+            query, key, value = self.self_attention.project(h, tokens, 0, 3)
+            query, key = positions.rotate(query), positions.rotate(key)
+            return self.self_attention(query, key, value, tokens, mask, is_causal)
+
+        return self.residual(x, self.self_attention_norm, branch)
+
     def feed_forward(self, x: Tensor) -> Tensor:
         hidden = F.relu(self.linear1(x), inplace=True)  # [N, D] -> [N, F]
         return self.linear2(hidden)
@@ -358,16 +375,9 @@ class EncoderLayer(_Layer):
     def forward(
         self, x: Tensor, source_tokens: Unpadded, positions: nn.Module
     ) -> Tensor:
-        """x [N, D], the tokens of `source`; `positions` of the model -> [N, D]."""
+        """x [N, D], the real ones of `source_tokens`; `positions` of the model -> [N, D]."""
 
-        def attend_to_self(h: Tensor) -> Tensor:
-            query, key, value = self.self_attention.project(h, source_tokens, 0, 3)
-            query, key = positions.rotate(query), positions.rotate(key)
-            return self.self_attention(
-                query, key, value, source_tokens, source_tokens.mask
-            )
-
-        x = self.residual(x, self.self_attention_norm, attend_to_self)
+        x = self.attend_to_self(x, source_tokens, positions, source_tokens.mask)
         return self.residual(x, self.feed_forward_norm, self.feed_forward)
 
 
@@ -388,20 +398,12 @@ class DecoderLayer(_Layer):
         causal_mask: Tensor | None,
         positions: nn.Module,
     ) -> Tensor:
-        """All positions at once, for training: x [N, D], the tokens of `target`, and memory [M, D],
-        those of `source` -> [N, D]. Pads of the target need no mask, because they stand on the
+        """All positions at once, for training: x [N, D], the real `target_tokens`, and memory
+        [M, D], the real `source_tokens` -> [N, D]. Pads of the target need no mask, because they stand on the
         right of everything that counts.
 
         `causal_mask` None: causal by the kernel's own mask.
         """
-
-        def attend_to_self(h: Tensor) -> Tensor:
-            query, key, value = self.self_attention.project(h, target_tokens, 0, 3)
-            query, key = positions.rotate(query), positions.rotate(key)
-            is_causal = causal_mask is None
-            return self.self_attention(
-                query, key, value, target_tokens, causal_mask, is_causal
-            )
 
         def attend_to_source(h: Tensor) -> Tensor:
             (query,) = self.cross_attention.project(h, target_tokens, 0, 1)
@@ -410,7 +412,9 @@ class DecoderLayer(_Layer):
                 query, key, value, target_tokens, source_tokens.mask
             )
 
-        x = self.residual(x, self.self_attention_norm, attend_to_self)
+        x = self.attend_to_self(
+            x, target_tokens, positions, causal_mask, is_causal=causal_mask is None
+        )
         x = self.residual(x, self.cross_attention_norm, attend_to_source)
         return self.residual(x, self.feed_forward_norm, self.feed_forward)
 

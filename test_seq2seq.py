@@ -33,6 +33,8 @@ import urllib.request
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -2112,7 +2114,7 @@ def test_a_signal_saves_the_last_state(loop, number, tmp_path):
     process.send_signal(number)  # impatience loses nothing
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number, err
-    assert b"Traceback" not in err and b"its state is in" in out
+    assert b"Traceback" not in err and b"its weights are in" in out
     next_command = f"next:  python run.py --resume {output}.checkpoints"
     assert next_command in out.decode()
     assert (output / "loss.png").exists()
@@ -2516,6 +2518,22 @@ def test_an_interrupted_run_is_resumed_from_the_command_line(
     assert main("--resume", checkpoints, "--seed", 3, "--batch-size", 7) == 2
     error = capsys.readouterr().err
     assert "--seed (was 0), --batch-size (was" in error and "--loop" not in error
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        assert main("--resume", checkpoints) == 2
+        assert "torchrun has started 2" in capsys.readouterr().err
+    settings = checkpoints / "settings.json"
+    known = settings.read_text()
+    settings.write_text(known.replace('"seed"', '"seeds"'))
+    assert main("--resume", checkpoints) == 2
+    assert "another version" in capsys.readouterr().err
+    settings.write_text(known)
+    with (
+        pytest.MonkeyPatch.context() as patch
+    ):  # stopped again, and none are to be written
+        patch.setattr(run.Progress, "stop", True)
+        assert main("--resume", checkpoints, "--checkpoint-every", 0) == 143
+        assert newest.exists() and settings.exists()
     newest.write_bytes(newest.read_bytes()[:1000])
     assert main("--resume", checkpoints) == 0
     said = capsys.readouterr()
@@ -2533,7 +2551,7 @@ def test_both_loops_train_on_shifted_labels(smoothing):
     model = tiny_model().eval()
     source, labels = random_ids(3, 6), random_ids(3, 5, seed=1)
     labels[1, 3:] = 0
-    loss, tokens = run.batch_loss(model, (source, labels), 0, smoothing)
+    loss, tokens = run.batch_loss(model, (source, labels), smoothing)
     logits = model(source, shift_right(labels))
     expected, count = sequence_loss(logits, labels, 0, smoothing)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
@@ -2793,6 +2811,8 @@ def test_a_loss_that_is_no_number_names_step_and_rows(prepared):
     told = f"step 2 is nan.*rows {rows}; last good checkpoint: none"
     with pytest.raises(run.Failed, match=told):
         feed(run.Progress())
+    with pytest.raises(run.Failed, match="validation loss after step 0 is nan"):
+        run.Progress(overflows=True).end_epoch(math.nan)
     tokens = sampler.target_tokens(0) + sampler.target_tokens(2)
     assert feed(run.Progress(overflows=True)).train == [(3, 8.0 / tokens)]
 
@@ -2814,6 +2834,39 @@ def test_an_overflow_of_fp16_is_skipped_and_counted(prepared, monkeypatch, overf
     assert progress.step == len(shares) and progress.skipped == overflows
     assert all(weight.isfinite().all() for weight in model.parameters())
     assert progress.validation[0][1] < progress.train[0][1]
+
+
+def test_under_lightning_a_batch_left_out_is_not_unscaled_twice(monkeypatch):
+    """Lightning clips where there was no loss, but lets the scaler of fp16 take no step then."""
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(run, "batch_loss", fail)
+    adapter = run.adapter_class(torch.nn.Module)(model=tiny_model())
+    adapter.attach(run.TrainConfig(on_oom="skip"), run.Progress(True, on_oom="skip"))
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.ones(()))  # or it would not know its scale yet
+    optimizer = torch.optim.Adam(adapter.parameters())
+    optimizer.param_groups[0]["fused"] = True
+    rows = data.BucketBatchSampler(np.array([3, 4]), np.array([3, 4]), 1)
+    adapter.trainer = SimpleNamespace(
+        precision_plugin=SimpleNamespace(scaler=scaler),
+        train_dataloader=SimpleNamespace(batch_sampler=rows),
+    )
+    for index in range(2):
+        batch = random_ids(1, 3), random_ids(1, 3)
+        assert adapter.training_step(batch, index) is None
+        adapter.configure_gradient_clipping(optimizer)
+
+
+def test_older_cards_train_in_fp16(monkeypatch):
+    """A T4 computes in bf16 too, by emulation, which is what torch's own question allows."""
+    device = torch.device("cuda")
+    for capability, precision in (((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")):
+        found = Mock(return_value=capability)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", found)
+        assert run.choose_precision("auto", device) == precision
 
 
 def test_bad_weights_are_no_checkpoint(tmp_path):
@@ -3188,6 +3241,8 @@ def test_split_files_are_trained_and_scored_on(tmp_path, capsys):
         assert prepared.validation_text["target"] == [t for _, t in texts["validation"]]
     other = dataclasses.replace(config, validation_set=(str(parts["test"]),))
     assert len(run.prepare_data(other).validation) == 40
+    short = run.prepare_data(dataclasses.replace(config, max_length=12))
+    assert short.dropped["over-long validation"] == 30 - len(short.validation) > 0
     for wrong in ("vall", tmp_path / "no.tsv"):
         flags = ("--dataset", pairs, "--validation-set", wrong, "--preset", "base")
         assert main(*SMALL, *flags, "--output", tmp_path / "m") == 2
@@ -3198,6 +3253,12 @@ def test_split_files_are_trained_and_scored_on(tmp_path, capsys):
     more = (*SMALL[2:], *more, "--beam", 2, "--loop", "raw", "--output", tmp_path / "m")
     assert main(*more) == 0
     assert "40 test pairs, beam 2" in capsys.readouterr().out
+
+
+def test_runs_of_the_same_second_have_folders_of_their_own(tmp_path):
+    names = [run.claim_name(tmp_path / "now", 0, 1) for _ in range(3)]
+    assert [name.name for name in names] == ["now", "now-2", "now-3"]
+    assert (tmp_path / "now-3.checkpoints").is_dir()
 
 
 def test_a_score_that_is_interrupted_leaves_a_model_and_says_so(
@@ -3240,7 +3301,10 @@ def test_evaluate_compares_two_models_and_names_the_worst(folder, tmp_path, caps
     out, table = tmp_path / "out.json", tmp_path / "worst.tsv"
     more = ("--dataset", pairs, "--json", out, "--sentences", table)
     assert main("evaluate", "--model", folder, *more, "--against", folder) == 0
-    found = json.loads(out.read_text())["against"]
+    whole = json.loads(out.read_text())
+    assert (whole["beam"], whole["precision"]) == (1, "fp32")
+    found = whole["against"]
+    assert found.pop("model") == str(folder)
     assert set(found) == {"BLEU", "chrF"}
     for metric in found.values():
         assert metric["ours"][0] == metric["theirs"][0] and metric["p"] == 1
