@@ -255,7 +255,6 @@ PRESETS: dict[str, dict] = {
         "batch_tokens": 1024,
         "learning_rate": 2e-3,
         "label_smoothing": 0.1,
-        "average": 0.05,
         "beam": 4,
     },
     # The real WMT16, 610,000 pairs, on one GPU.
