@@ -166,7 +166,9 @@ class TrainConfig:
     accumulate: int = option(1, "batches per optimizer step")
     learning_rate: float = option(3e-3, "peak learning rate of Adam")
     schedule: str = option(
-        "cosine", "learning rate after warm-up", choices=("cosine", "constant")
+        "cosine",
+        "learning rate after warm-up; cooldown: constant, then to zero in the last 30%%",
+        choices=("cosine", "cooldown", "constant"),
     )
     warmup: float = option(0.1, "share of the steps in which the learning rate rises")
     clip_norm: float = option(1.0, "largest gradient norm; 0 for no clipping")
@@ -254,6 +256,7 @@ PRESETS: dict[str, dict] = {
         "max_epochs": 16,
         "batch_tokens": 1024,
         "learning_rate": 2e-3,
+        "schedule": "cooldown",
         "label_smoothing": 0.1,
         "beam": 4,
     },
@@ -655,6 +658,7 @@ from seq2seq import (
     shift_right,
 )
 
+COOLDOWN = 0.3  # share of the steps
 LOG_EVERY = 20  # optimizer steps between points of the loss curve, and between host-device syncs
 TRANSLATE_WINDOW = 2048  # lines sorted by length together
 SHOWN = 6  # translations printed after training
@@ -731,14 +735,18 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
 def build_schedule(
     optimizer: torch.optim.Optimizer, config: TrainConfig, total_steps: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear warm-up, then constant, or a cosine that ends near zero; one call per step."""
+    """Linear warm-up, then constant, constant with a linear cooldown to near zero (Hägele et al. 2024),
+    or a cosine that ends there; one call per step."""
     warmup_steps = int(config.warmup * total_steps)
+    cooldown_steps = COOLDOWN * total_steps
 
     def factor(step: int) -> float:
         if step < warmup_steps:
             return (step + 1) / warmup_steps
         if config.schedule == "constant":
             return 1.0
+        if config.schedule == "cooldown":
+            return min(1.0, (total_steps - step) / cooldown_steps)
         done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
         return 0.5 * (1.0 + math.cos(math.pi * done))
 

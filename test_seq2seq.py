@@ -2935,8 +2935,9 @@ def test_a_compiled_model_has_the_same_loss_and_gradients(prepared):
     assert 0 < run.count_graphs() - before <= 4
 
 
-def test_the_schedule_rises_and_ends_near_zero():
-    config = run.TrainConfig(learning_rate=1.0, warmup=0.1, schedule="cosine")
+@pytest.mark.parametrize("name", ["cosine", "cooldown"])
+def test_the_schedule_rises_and_ends_near_zero(name):
+    config = run.TrainConfig(learning_rate=1.0, warmup=0.1, schedule=name)
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.Adam([parameter], lr=1.0)
     schedule = run.build_schedule(optimizer, config, 100)
@@ -2946,7 +2947,12 @@ def test_the_schedule_rises_and_ends_near_zero():
         optimizer.step()
         schedule.step()
     assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == 1.0
-    assert rates[10:] == sorted(rates[10:], reverse=True) and rates[-1] < 1e-3
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    if name == "cosine":
+        assert rates[-1] < 1e-3
+    else:
+        assert rates[70] == 1.0 and rates[-1] == pytest.approx(1 / 30)
+        assert rates[85] == pytest.approx(0.5)
 
 
 # ---- judged while it trains -------------------------------------------------------------------
