@@ -4595,9 +4595,9 @@ def train(config: TrainConfig) -> int:
             if not wanted and config.resume is None:
                 shutil.rmtree(checkpoints, ignore_errors=True)
             say("stopped", f"after step {progress.step}; its weights are in {output}")
-            if progress.checkpoint:
-                last = shlex.quote(str(progress.checkpoint.parent))
-                print(f"\nnext:  python run.py --resume {last}")
+            if any(checkpoints.glob("step-*.pt")):
+                place = shlex.quote(str(checkpoints))
+                print(f"\nnext:  python run.py --resume {place}")
             return progress.exit_code
         say_trained(progress, config, metrics)
         place = shlex.quote(str(output))
@@ -4762,8 +4762,15 @@ def check_together(config: TrainConfig, device: torch.device) -> None:
         raise InputError("--average is not for --strategy fsdp")
     if config.strategy == "fsdp" and config.devices == 1:
         raise InputError("--strategy fsdp is for several processes: add --devices N")
+    if (
+        config.tensorboard is not None
+        and Path(config.tensorboard).expanduser().is_file()
+    ):
+        raise InputError(f"--tensorboard {config.tensorboard}: a file, not a folder")
     if config.tensorboard is not None and not find_spec("tensorboard"):
         raise InputError("--tensorboard needs the package: pip install tensorboard")
+    if config.preset == "small" and config.dataset == (data.PHRASEBOOK,):
+        raise InputError("--preset small is for pairs of your own: add --dataset FILE")
     # Older ones look for CUDA when they put the optimizer's parts together.
     is_new = hasattr(torch, "accelerator")
     if config.strategy == "fsdp" and device.type == "cpu" and not is_new:

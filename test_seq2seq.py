@@ -1653,6 +1653,8 @@ def test_every_flag_is_in_the_help_and_help_comes_before_torch():
         (["--output", "x" * 300], "too long"),
         (["--push", "--loop", "raw"], "not with --loop raw"),
         (["--precision", "fp16"], "needs a GPU"),
+        (["--preset", "small"], "add --dataset"),
+        (["--tensorboard", HERE / "run.py"], "a file, not a folder"),
         (["--push", "--no-modlee"], "--no-modlee or --mlruns none"),
         (["translate", "--model", HERE], "no model folder: config.json is missing"),
         (["evaluate", "--model", HERE / "no", "--dataset", "x.tsv"], "no model folder"),
@@ -2534,6 +2536,7 @@ def test_an_interrupted_run_is_resumed_from_the_command_line(
         patch.setattr(run.Progress, "stop", True)
         assert main("--resume", checkpoints, "--checkpoint-every", 0) == 143
         assert newest.exists() and settings.exists()
+        assert f"--resume {checkpoints}" in capsys.readouterr().out
     newest.write_bytes(newest.read_bytes()[:1000])
     assert main("--resume", checkpoints) == 0
     said = capsys.readouterr()
@@ -3925,8 +3928,8 @@ def test_every_command_of_the_readme_runs(line, workshop, hub_home):
     if "--resume" in line:
         interrupt(workshop / "runs" / "NAME")
     elif " split " in line:
-        again = f" again-{len(line)} --validation 20 --test 20"
-        line = line.replace(" parts", again)
+        again = f" split again-{len(line)} --validation 20 --test 20"
+        line = re.sub(r" split \w+", again, line)
     elif is_training:
         line += " " + " ".join(map(str, SMALL)) + " --no-modlee --device cpu --beam 1"
     done = subprocess.run(
