@@ -3796,7 +3796,7 @@ def test_modlee_records_its_artifacts(recorded, prepared):
     assert features["dataset_size"] == len(prepared.train)
     logged = (Path(record.run_path) / "metrics" / "val_loss").read_text().split()
     assert float(logged[-2]) == pytest.approx(progress.validation[-1][1], abs=1e-5)
-    assert record.seconds > 0 and record.tokens in ("gpt2", "own")
+    assert record.seconds > 0
 
 
 @needs_modlee
