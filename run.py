@@ -520,7 +520,7 @@ class OneLineParser(argparse.ArgumentParser):
         hint = ""
         for word in message.split():
             close = difflib.get_close_matches(
-                word.split("=")[0], self._option_string_actions
+                word.split("=")[0], self._option_string_actions, cutoff=0.7
             )
             if message.startswith("unrecognized") and word.startswith("-") and close:
                 hint = f"; did you mean {close[0]}?"
