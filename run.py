@@ -1237,7 +1237,7 @@ def compile_model(model: nn.Module) -> bool:
     device = next(model.parameters()).device
     try:
         # Older ones compile anew for every batch: shapes inside of `Unpadded` are constants to them.
-        if not hasattr(torch._dynamo.config, "inline_inbuilt_nn_modules"):
+        if torch.__version__ < (2, 5):
             raise RuntimeError("torch 2.5 or newer would be needed")
         torch.compile(torch.sin)(torch.ones(2, device=device))
     except RuntimeError as error:  # all of torch's complaints about a missing compiler
