@@ -4179,6 +4179,8 @@ def serve_trainee(
     """Answers, whenever asked, what a turn over the batches took; first of all None, or why this
     trainee is left out."""
 
+    # As in `retire`; torch's compiler has bars, too.
+    tqdm.set_lock(RLock())
     warnings.filterwarnings("ignore", "enable_nested_tensor")  # of nn.Transformer
     device = choose_device(device_name)
     use_tensor_cores(device)
