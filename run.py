@@ -878,6 +878,12 @@ class Progress:
             # One every so many steps, and one at the end of an epoch.
             each = math.ceil(total_steps / config.max_epochs / LOG_EVERY)
             updates = config.average * config.max_epochs * each
+            if updates <= 1 and os.environ.get("RANK", "0") == "0":
+                print(
+                    f"note: {total_steps} steps are too few for --average {config.average}: "
+                    "the newest weights are kept",
+                    file=sys.stderr,
+                )
             self._average = parts["average"] = WeightAverage(parts["model"], updates)
         for name in parts.keys() & self._loaded.keys():
             parts[name].load_state_dict(self._loaded.pop(name))
@@ -1004,6 +1010,7 @@ class Progress:
     def end_epoch(self, validation_loss: float) -> None:
         """The epoch's last step was done and the model, with `averaged` weights, validated."""
         self.flush()
+        self.seconds = time.perf_counter() - self._started
         if not math.isfinite(validation_loss):
             what = f"the validation loss after step {self.step} is {validation_loss}"
             raise self._diverged(what)
@@ -2723,6 +2730,8 @@ def versions() -> dict[str, str | None]:
         "tokenizers",
         "datasets",
         "sacrebleu",
+        "ctranslate2",
+        "x-transformers",
     ):
         try:
             found[name] = metadata.version(name)
@@ -3149,10 +3158,32 @@ def describe_bench(device: torch.device) -> dict:
 
 
 def check_report(name: str | None, flag: str = "--json") -> None:
-    """InputError where a file could not be written at the end."""
-    path = Path(name).expanduser() if name else None
-    if path and (path.is_dir() or not path.absolute().parent.is_dir()):
+    """InputError where a file could not be written at the end, or would take the place of one that
+    is no report of this program."""
+    if not name:
+        return
+    path = Path(name).expanduser()
+    if (path.exists() and not path.is_file()) or not path.absolute().parent.is_dir():
         raise InputError(f"{flag} {name}: no file can be written there")
+    if path.exists() and not is_report(path):
+        raise InputError(f"{flag} {name} exists already; give another name")
+
+
+def is_report(path: Path) -> bool:
+    """Whether it is empty, or a table, picture, report or trace that may be replaced by a new one."""
+    if (path.absolute().parent / "model.safetensors").exists():
+        return False  # a model folder's own files look alike
+    with open(path, "rb") as file:
+        head = file.read(2**16)
+    kinds = (
+        (SENTENCES.encode(), b""),
+        (b"\x89PNG", b"Matplotlib"),
+        (b"{", b'"versions": {'),
+        (b"{", b'"schemaVersion"'),  # of torch's profiler
+    )
+    return not head or any(
+        head.startswith(start) and mark in head for start, mark in kinds
+    )
 
 
 # ---- bench: what Lightning and Modlee cost per step ---------------------------------------------
@@ -4764,11 +4795,10 @@ def check_together(config: TrainConfig, device: torch.device) -> None:
         raise InputError("--average is not for --strategy fsdp")
     if config.strategy == "fsdp" and config.devices == 1:
         raise InputError("--strategy fsdp is for several processes: add --devices N")
-    if (
-        config.tensorboard is not None
-        and Path(config.tensorboard).expanduser().is_file()
-    ):
-        raise InputError(f"--tensorboard {config.tensorboard}: a file, not a folder")
+    for name in ("tensorboard", "mlruns", "cache"):
+        folder = getattr(config, name)
+        if folder is not None and Path(folder).expanduser().is_file():
+            raise InputError(f"--{name} {folder}: a file, not a folder")
     if config.tensorboard is not None and not find_spec("tensorboard"):
         raise InputError("--tensorboard needs the package: pip install tensorboard")
     if config.preset == "small" and config.dataset == (data.PHRASEBOOK,):
@@ -5199,6 +5229,9 @@ def say_comparison(name: str, report: dict) -> None:
         say("", found["signature"])
 
 
+SENTENCES = "chrF\tpair\tsource\ttranslation\treference"
+
+
 def write_sentences(path: Path, sources, hypotheses, references) -> None:
     """chrF, number from 1, source, translation, reference of every pair, tab-separated, worst
     first."""
@@ -5210,9 +5243,8 @@ def write_sentences(path: Path, sources, hypotheses, references) -> None:
         for number, texts in enumerate(zip(sources, hypotheses, references), 1)
         for _, hypothesis, reference in [texts]
     ]
-    lines = ["chrF\tpair\tsource\ttranslation\treference"]
-    lines += ["\t".join([f"{row[0]:.1f}", *map(str, row[1:])]) for row in sorted(rows)]
-    text = "\n".join(lines) + "\n"
+    lines = ["\t".join([f"{row[0]:.1f}", *map(str, row[1:])]) for row in sorted(rows)]
+    text = "\n".join([SENTENCES, *lines]) + "\n"
     write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 

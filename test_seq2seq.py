@@ -1655,6 +1655,8 @@ def test_every_flag_is_in_the_help_and_help_comes_before_torch():
         (["--precision", "fp16"], "needs a GPU"),
         (["--preset", "small"], "add --dataset"),
         (["--tensorboard", HERE / "run.py"], "a file, not a folder"),
+        (["--mlruns", HERE / "run.py"], "a file, not a folder"),
+        (["--cache", HERE / "run.py"], "a file, not a folder"),
         (["--push", "--no-modlee"], "--no-modlee or --mlruns none"),
         (["translate", "--model", HERE], "no model folder: config.json is missing"),
         (["evaluate", "--model", HERE / "no", "--dataset", "x.tsv"], "no model folder"),
@@ -2047,6 +2049,22 @@ def test_evaluate_scores_a_file(folder, tmp_path, capsys):
     )
     wrong = tmp_path / "no" / "out.json"
     assert main("evaluate", "--model", folder, "--dataset", path, "--json", wrong) == 2
+
+
+def test_a_report_takes_the_place_of_reports_alone(folder, tmp_path, capsys):
+    path = write_pairs(tmp_path / "pairs.tsv", [("The cat sleeps.", "Pisica doarme.")])
+    kept = (path, folder / "config.json", folder / "metrics.json")
+    before = [file.read_bytes() for file in kept]
+    score = ("evaluate", "--model", folder, "--dataset", path)
+    draw = ("translate", "--model", folder, "I see.", "--attention")
+    for arguments in ((*score, "--sentences"), (*score, "--json"), draw):
+        for file in kept:
+            assert main(*arguments, file) == 2
+            assert f"{file} exists already" in capsys.readouterr().err
+        assert main(*arguments, os.devnull) == 2
+        for _ in range(2):
+            assert main(*arguments, tmp_path / f"new{arguments[-1]}") == 0
+    assert [file.read_bytes() for file in kept] == before
 
 
 def test_cedilla_and_comma_score_alike(folder, tmp_path):
@@ -3006,6 +3024,11 @@ def test_the_average_is_of_trained_weights_from_the_first_epoch_on(
     assert progress.validation[1][1] < progress.validation[0][1] - 0.01
 
 
+def test_an_average_of_too_few_steps_is_said(prepared, capsys):
+    fit(prepared, "raw", average=0.5)
+    assert "too few for --average" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("loop", ["raw", "lightning"])
 def test_training_ends_when_patience_does(prepared, loop, tmp_path):
     """Without learning no loss is better than the first. Nor is one after a resumption."""
@@ -3199,6 +3222,20 @@ def test_the_time_left_is_that_of_the_steps_to_come():
     assert progress.time_left == "1:01:42"
     progress.watched = 10.0
     assert progress.time_left == "1:02:12"
+
+
+def test_the_time_left_counts_the_validation_just_done(prepared, monkeypatch):
+    seconds = []
+    progress = run.Progress(watch=lambda progress, _: seconds.append(progress.seconds))
+    validate = run.validate
+
+    def long(*arguments) -> float:
+        progress._started -= 1000  # as if it took so long
+        return validate(*arguments)
+
+    monkeypatch.setattr(run, "validate", long)
+    fit(prepared, "raw", progress=progress)
+    assert seconds[0] >= 1000 and seconds[1] >= 2000
 
 
 # ---- fair scores ------------------------------------------------------------------------------
