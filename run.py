@@ -4796,9 +4796,10 @@ def check_together(config: TrainConfig, device: torch.device) -> None:
     if config.strategy == "fsdp" and config.devices == 1:
         raise InputError("--strategy fsdp is for several processes: add --devices N")
     for name in ("tensorboard", "mlruns", "cache"):
-        folder = getattr(config, name)
-        if folder is not None and Path(folder).expanduser().is_file():
-            raise InputError(f"--{name} {folder}: a file, not a folder")
+        folder = Path(getattr(config, name) or ".").expanduser()
+        for part in (folder, *folder.parents):
+            if part.is_file():
+                raise InputError(f"--{name} {folder}: {part} is a file, not a folder")
     if config.tensorboard is not None and not find_spec("tensorboard"):
         raise InputError("--tensorboard needs the package: pip install tensorboard")
     if config.preset == "small" and config.dataset == (data.PHRASEBOOK,):
