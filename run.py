@@ -881,7 +881,7 @@ class Progress:
             if updates <= 1 and os.environ.get("RANK", "0") == "0":
                 print(
                     f"note: {total_steps} steps are too few for --average {config.average}: "
-                    "the newest weights are kept",
+                    "nothing is averaged",
                     file=sys.stderr,
                 )
             self._average = parts["average"] = WeightAverage(parts["model"], updates)
@@ -3029,7 +3029,7 @@ def floor_seconds(
 def bench_decode(config: BenchDecodeConfig) -> int:
     """Every library in turn, round by round."""
 
-    check_report(config.json)
+    check_reports(config, "json")
     device = choose_device(config.device)
     model, _, sentences = reference_case(config, device)
     rates = machine_rates(device)
@@ -3157,33 +3157,47 @@ def describe_bench(device: torch.device) -> dict:
     return {"command": command, "machine": machine, "versions": versions()}
 
 
-def check_report(name: str | None, flag: str = "--json") -> None:
-    """InputError where a file could not be written at the end, or would take the place of one that
-    is no report of this program."""
-    if not name:
-        return
-    path = Path(name).expanduser()
-    if (path.exists() and not path.is_file()) or not path.absolute().parent.is_dir():
-        raise InputError(f"{flag} {name}: no file can be written there")
-    if path.exists() and not is_report(path):
-        raise InputError(f"{flag} {name} exists already; give another name")
+SENTENCES = "chrF\tpair\tsource\ttranslation\treference"  # the table's first line
+
+# The flags that name a report: how its file begins, and what is found soon after.
+REPORTS = {
+    "json": (b"{", b'"versions": {'),
+    "sentences": (SENTENCES.encode(), b""),
+    "picture": (b"\x89PNG", b"Matplotlib"),
+    "attention": (b"\x89PNG", b"Matplotlib"),
+    "profile": (b"{", b'"schemaVersion"'),  # torch's
+}
 
 
-def is_report(path: Path) -> bool:
-    """Whether it is empty, or a table, picture, report or trace that may be replaced by a new one."""
-    if (path.absolute().parent / "model.safetensors").exists():
-        return False  # a model folder's own files look alike
+def check_reports(config, *flags: str) -> None:
+    """InputError where a report could not be written at the end, would take the place of a file
+    that is no earlier report of its kind, or of another of these reports."""
+    taken: dict[Path, str] = {}
+    for flag in flags:
+        if not getattr(config, flag):
+            continue
+        path = Path(getattr(config, flag)).expanduser().absolute()
+        said = f"--{flag} {getattr(config, flag)}"
+        if (path.exists() and not path.is_file()) or not path.parent.is_dir():
+            raise InputError(f"{said}: no file can be written there")
+        if path.exists() and not is_report(path, flag):
+            raise InputError(
+                f"{said} exists already and is no such report; give another name"
+            )
+        other = taken.setdefault(path.resolve(), flag)
+        if other != flag:
+            raise InputError(f"{said}: that is the file of --{other}; give another")
+
+
+def is_report(path: Path, flag: str) -> bool:
+    """Whether it is empty, or a report of the kind of `flag`, which a new one may replace."""
+    alike = path.name in ("metrics.json", "loss.png")
+    if alike and (path.parent / "model.safetensors").exists():
+        return False  # a model folder's own
     with open(path, "rb") as file:
         head = file.read(2**16)
-    kinds = (
-        (SENTENCES.encode(), b""),
-        (b"\x89PNG", b"Matplotlib"),
-        (b"{", b'"versions": {'),
-        (b"{", b'"schemaVersion"'),  # of torch's profiler
-    )
-    return not head or any(
-        head.startswith(start) and mark in head for start, mark in kinds
-    )
+    start, mark = REPORTS[flag]
+    return not head or (head.startswith(start) and mark in head)
 
 
 # ---- bench: what Lightning and Modlee cost per step ---------------------------------------------
@@ -3672,8 +3686,7 @@ def take_turns(names: list[str], serve: dict, turns: int, bar) -> dict[str, dict
 def bench(config: BenchConfig) -> int:
     """Group by group of arms and size by size; then the table, the figures and the picture."""
 
-    for flag in ("json", "picture", "profile"):
-        check_report(getattr(config, flag), f"--{flag}")
+    check_reports(config, "json", "picture", "profile")
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device)
     use_tensor_cores(device)
@@ -4318,8 +4331,7 @@ def compare_trainees(answers: list[dict], tokens: int, our_tokens: int) -> list[
 def bench_train(config: BenchTrainConfig) -> int:
     """Everything in turn, turn by turn, each in a process of its own."""
 
-    check_report(config.json)
-    check_report(None if config.peers else config.picture, "--picture")
+    check_reports(config, *(("json",) if config.peers else ("json", "picture")))
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device)
     budget = config.batch_tokens or (25_000 if device.type == "cuda" else 2048)
@@ -4796,9 +4808,11 @@ def check_together(config: TrainConfig, device: torch.device) -> None:
     if config.strategy == "fsdp" and config.devices == 1:
         raise InputError("--strategy fsdp is for several processes: add --devices N")
     for name in ("tensorboard", "mlruns", "cache"):
-        folder = Path(getattr(config, name) or ".").expanduser()
+        if getattr(config, name) in (None, "none"):
+            continue
+        folder = Path(getattr(config, name)).expanduser()
         for part in (folder, *folder.parents):
-            if part.is_file():
+            if part.exists() and not part.is_dir():
                 raise InputError(f"--{name} {folder}: {part} is a file, not a folder")
     if config.tensorboard is not None and not find_spec("tensorboard"):
         raise InputError("--tensorboard needs the package: pip install tensorboard")
@@ -5124,8 +5138,7 @@ def translate(config: TranslateConfig) -> int:
     for text in config.text:
         if not data.is_unicode(text):
             raise InputError(f"not valid UTF-8: {text!r:.60}")
-    if config.attention:
-        check_report(config.attention, "--attention")
+    check_reports(config, "attention")
     translator = load_translator(config)
     sys.stdout.reconfigure(encoding="utf-8")
     # A person who types waits for each line, a file does not.
@@ -5144,8 +5157,7 @@ def translate(config: TranslateConfig) -> int:
 
 def evaluate(config: EvaluateConfig) -> int:
 
-    check_report(config.json)
-    check_report(config.sentences, "--sentences")
+    check_reports(config, "json", "sentences")
     if config.dataset == (data.PHRASEBOOK,):
         raise InputError("the demo trains on the phrasebook; give pairs of your own")
     translator = load_translator(config)
@@ -5228,9 +5240,6 @@ def say_comparison(name: str, report: dict) -> None:
             f"{ours - theirs:+.2f}, p = {found['p']:.3f}, {verdict}",
         )
         say("", found["signature"])
-
-
-SENTENCES = "chrF\tpair\tsource\ttranslation\treference"
 
 
 def write_sentences(path: Path, sources, hypotheses, references) -> None:

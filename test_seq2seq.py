@@ -1657,6 +1657,7 @@ def test_every_flag_is_in_the_help_and_help_comes_before_torch():
         (["--tensorboard", HERE / "run.py"], "run.py is a file, not a folder"),
         (["--mlruns", HERE / "run.py" / "x"], "run.py is a file, not a folder"),
         (["--cache", HERE / "run.py" / "x" / "y"], "run.py is a file, not a folder"),
+        (["--mlruns", os.devnull], "is a file, not a folder"),
         (["--push", "--no-modlee"], "--no-modlee or --mlruns none"),
         (["translate", "--model", HERE], "no model folder: config.json is missing"),
         (["evaluate", "--model", HERE / "no", "--dataset", "x.tsv"], "no model folder"),
@@ -2051,20 +2052,35 @@ def test_evaluate_scores_a_file(folder, tmp_path, capsys):
     assert main("evaluate", "--model", folder, "--dataset", path, "--json", wrong) == 2
 
 
-def test_a_report_takes_the_place_of_reports_alone(folder, tmp_path, capsys):
+def test_a_report_takes_the_place_of_its_like_alone(folder, tmp_path, capsys):
+    folder = shutil.copytree(folder, tmp_path / "model")
     path = write_pairs(tmp_path / "pairs.tsv", [("The cat sleeps.", "Pisica doarme.")])
-    kept = (path, folder / "config.json", folder / "metrics.json")
-    before = [file.read_bytes() for file in kept]
+    kept = [path, folder / "config.json", folder / "metrics.json"]
     score = ("evaluate", "--model", folder, "--dataset", path)
     draw = ("translate", "--model", folder, "I see.", "--attention")
-    for arguments in ((*score, "--sentences"), (*score, "--json"), draw):
+    kinds = ((*score, "--sentences"), (*score, "--json"), draw)
+    for arguments in kinds:
+        for _ in range(2):  # also beside the model
+            assert main(*arguments, folder / f"new{arguments[-1]}") == 0
+        kept.append(folder / f"new{arguments[-1]}")
+    before = [file.read_bytes() for file in kept]
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for arguments in kinds:
         for file in kept:
-            assert main(*arguments, file) == 2
-            assert f"{file} exists already" in capsys.readouterr().err
-        assert main(*arguments, os.devnull) == 2
-        for _ in range(2):
-            assert main(*arguments, tmp_path / f"new{arguments[-1]}") == 0
-    assert [file.read_bytes() for file in kept] == before
+            if file.name != f"new{arguments[-1]}":
+                assert main(*arguments, file) == 2
+                assert f"{file} exists already" in capsys.readouterr().err
+        assert main(*arguments, pipe) == 2
+    assert [file.read_bytes() for file in kept] == before and pipe.is_fifo()
+    both = (
+        "--json",
+        tmp_path / "one",
+        "--sentences",
+        f"{tmp_path}/../{tmp_path.name}/one",
+    )
+    assert main(*score, *both) == 2 and not (tmp_path / "one").exists()
+    assert "that is the file of --json" in capsys.readouterr().err
 
 
 def test_cedilla_and_comma_score_alike(folder, tmp_path):
@@ -3024,9 +3040,11 @@ def test_the_average_is_of_trained_weights_from_the_first_epoch_on(
     assert progress.validation[1][1] < progress.validation[0][1] - 0.01
 
 
-def test_an_average_of_too_few_steps_is_said(prepared, capsys):
-    fit(prepared, "raw", average=0.5)
-    assert "too few for --average" in capsys.readouterr().err
+def test_an_average_of_too_few_steps_is_said(prepared, capsys, monkeypatch):
+    for every, times in ((1000, 1), (1, 0)):
+        monkeypatch.setattr(run, "LOG_EVERY", every)
+        fit(prepared, "raw", average=0.5)
+        assert capsys.readouterr().err.count("too few for --average") == times
 
 
 @pytest.mark.parametrize("loop", ["raw", "lightning"])
