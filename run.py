@@ -803,6 +803,11 @@ class Failed(Exception):
     """Training cannot go on. The message is one line and says what to do next."""
 
 
+def is_first_process() -> bool:
+    """Whether this is the only process, or the one of several that speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Every device says it in words of its own; only CUDA's error has a class."""
     words = ("out of memory", "can't allocate memory", "not enough memory")
@@ -866,7 +871,7 @@ class Progress:
     def load(self, state: dict) -> None:
         """Go on from a checkpoint; what belongs to others waits for `begin`."""
         vars(self).update(state.pop("progress"))
-        if os.environ.get("RANK", "0") != "0":
+        if not is_first_process():
             self.sums = [0.0, 0]  # those of all processes count once
         self._loaded = state
 
@@ -878,7 +883,7 @@ class Progress:
             # One every so many steps, and one at the end of an epoch.
             each = math.ceil(total_steps / config.max_epochs / LOG_EVERY)
             updates = config.average * config.max_epochs * each
-            if updates <= 1 and os.environ.get("RANK", "0") == "0":
+            if updates <= 1 and is_first_process():
                 print(
                     f"note: {total_steps} steps are too few for --average {config.average}: "
                     "nothing is averaged",
@@ -1881,6 +1886,11 @@ def was_interrupted(folder: Path) -> bool:
         return False
 
 
+def nearest_existing(path: Path) -> Path:
+    """The path itself or the first of its parents that is there."""
+    return next(part for part in (path, *path.parents) if part.exists())
+
+
 def check_output(folder: Path, replaceable: bool = False) -> None:
     """InputError where a model folder cannot appear without something being lost. `replaceable`:
     that of an interrupted run may stand there."""
@@ -1889,7 +1899,7 @@ def check_output(folder: Path, replaceable: bool = False) -> None:
     free = free or (replaceable and was_interrupted(folder))
     if folder == Path.cwd() or (folder.exists() and not free):
         raise InputError(f"{folder} exists already; give another name")
-    parent = next(parent for parent in folder.parents if parent.exists())
+    parent = nearest_existing(folder.parent)
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InputError(f"cannot write to {parent}; give another place")
 
@@ -2921,6 +2931,13 @@ def bench_batches(sentences: list, batch: int) -> list[list]:
     return list(chunks(sentences, batch))[:16]
 
 
+def begin_service(target: Callable, *arguments) -> None:
+    """The first thing in a process that `serving` begins, and will kill."""
+    # tqdm's own lock is a semaphore, which a killed process leaves behind.
+    tqdm.set_lock(RLock())
+    target(*arguments)
+
+
 @contextlib.contextmanager
 def serving(target: Callable, jobs: dict[str, tuple]) -> Iterator[dict[str, Callable]]:
     """Run target(*arguments, pipe) in a process of its own for each name -> arguments of `jobs`.
@@ -2946,9 +2963,8 @@ def serving(target: Callable, jobs: dict[str, tuple]) -> Iterator[dict[str, Call
     try:
         for name, arguments in jobs.items():
             pipes[name], other_end = context.Pipe()
-            processes.append(
-                context.Process(target=target, args=(*arguments, other_end))
-            )
+            arguments = (target, *arguments, other_end)
+            processes.append(context.Process(target=begin_service, args=arguments))
             processes[-1].start()
             other_end.close()
         yield {name: partial(ask, name) for name in jobs}
@@ -3507,8 +3523,6 @@ def retire(config: TrainConfig) -> None:
     os.chdir(Path(config.mlruns).parent)
     for stream in (sys.stdout, sys.stderr):
         os.dup2(os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
-    # Its own is a semaphore, which a killed process leaves behind.
-    tqdm.set_lock(RLock())
 
 
 def serve_arm(
@@ -4223,8 +4237,6 @@ def serve_trainee(
     """Answers, whenever asked, what a turn over the batches took; first of all None, or why this
     trainee is left out."""
 
-    # As in `retire`; torch's compiler has bars, too.
-    tqdm.set_lock(RLock())
     warnings.filterwarnings("ignore", "enable_nested_tensor")  # of nn.Transformer
     device = choose_device(device_name)
     use_tensor_cores(device)
@@ -4331,7 +4343,8 @@ def compare_trainees(answers: list[dict], tokens: int, our_tokens: int) -> list[
 def bench_train(config: BenchTrainConfig) -> int:
     """Everything in turn, turn by turn, each in a process of its own."""
 
-    check_reports(config, *(("json",) if config.peers else ("json", "picture")))
+    flags = ("json",) if config.peers else ("json", "picture")
+    check_reports(config, *flags)
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device)
     budget = config.batch_tokens or (25_000 if device.type == "cuda" else 2048)
@@ -4811,9 +4824,9 @@ def check_together(config: TrainConfig, device: torch.device) -> None:
         if getattr(config, name) in (None, "none"):
             continue
         folder = Path(getattr(config, name)).expanduser()
-        for part in (folder, *folder.parents):
-            if part.exists() and not part.is_dir():
-                raise InputError(f"--{name} {folder}: {part} is a file, not a folder")
+        found = nearest_existing(folder)
+        if not found.is_dir():
+            raise InputError(f"--{name} {folder}: {found} is a file, not a folder")
     if config.tensorboard is not None and not find_spec("tensorboard"):
         raise InputError("--tensorboard needs the package: pip install tensorboard")
     if config.preset == "small" and config.dataset == (data.PHRASEBOOK,):
