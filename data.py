@@ -1,130 +1,110 @@
-"""Pairs of sentences: where they come from, cleaning, tokenizer, split, batches.
+"""Pairs of sentences: reading, cleaning, tokenizer, split, batches.
 
-Data flows down the page. Text is read in batches of rows and kept in Arrow tables, token ids in
-flat arrays: no corpus in Python lists, no padded matrix of one (but for the tutorial's call, whose
-result is that).
+In reading order, which is also the way of the data:
 
     read_pairs     a hub data set, .tsv .csv .jsonl .json .parquet files, two line-aligned text
-                   files, or the built-in phrasebook    -> batches (sources, targets)
+                   files, or the built-in phrasebook    -> Pair(source, target, place)
     clean          drops what teaches nothing, and counts it
-    encode         text -> token ids, each sentence ending in eos
-    grouped_split  training and validation rows that share no source sentence
-    PairDataset, BucketBatchSampler, pad_batch -> DataLoader
+    prepare        holds out validation and test, trains or loads the tokenizer, encodes
+    PairDataset, BucketBatchSampler, pad_batch          -> DataLoader of (input_ids, labels)
 
-`load_dataset_and_tokenize` and `create_dataloaders` are the tutorial's two calls.
+`load_dataset_and_tokenize` and `create_dataloaders` are the tutorial's two calls. The file needs
+torch, numpy, datasets, transformers, scikit-learn and tqdm, and nothing else of this repository.
 """
 
 import csv
 import hashlib
-import json
+import logging
 import math
 import os
 import random
 import re
 import ssl
+import sys
 import threading
 import unicodedata
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from importlib.metadata import version
-from itertools import islice, zip_longest
+from itertools import chain, islice, zip_longest
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
+from tqdm import tqdm
 
-BATCH_ROWS = 1000  # rows read, cleaned and tokenized at a time
+BATCH_ROWS = 1000  # rows read or tokenized at a time
 PHRASEBOOK = "phrasebook"  # the data set name of the built-in corpus
-
-TextBatch = tuple[list[str], list[str]]  # sources, targets
 
 
 class InputError(Exception):
-    """Something the user gave cannot be used. The message is one line and says what to do next."""
+    """The user gave something that cannot be used. The message is one line and says what to do."""
 
 
-def in_one_line(error: BaseException, limit: int | None = 200) -> str:
-    """The message of an error, of `limit` characters at most."""
+class Pair(NamedTuple):
+    """A sentence, its translation, and where they stand, such as "pairs.tsv:17"."""
+
+    source: str
+    target: str
+    place: str
+
+
+def one_line(error: BaseException, limit: int | None = 200) -> str:
+    """The message of an error on one line of at most `limit` characters."""
     return " ".join(str(error).split())[:limit]
 
 
-# ---- text -------------------------------------------------------------------------------------
+def note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
 
-# Romanian is written with comma below; older text has the cedilla of Turkish, which looks alike
-# and is another character. One policy, applied here and nowhere else: comma below.
+
+# ---- text ----------------------------------------------------------------------------------------
+
+# How a language is written in flags, headers and file endings, without script or region: ISO 639-1
+# and 639-3 codes and names. "mo" and "mol" are the withdrawn codes of Moldovan, which is Romanian.
+LANGUAGES = {
+    "en": ("en", "eng", "english", "engleză"),
+    "ro": ("ro", "ron", "rum", "mo", "mol", "romanian", "română", "romana"),
+}
+
+# Romanian is written with comma below; older text has the cedilla of Turkish, which looks alike.
 _COMMA_BELOW = str.maketrans("şţŞŢ", "șțȘȚ")
+
+# Characters that nobody sees: soft hyphen and zero-width space (where a line may break), byte-order
+# mark and word joiner (where it may not), direction marks, joiner and non-joiner. They change how
+# Arabic, Hebrew or Indic scripts look, and nothing in Latin script; the joiner stays after a
+# symbol, where it makes one emoji of two.
+_INVISIBLE = re.compile(
+    "[\u00ad\u061c\u180e\u200b\u200c\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufeff]"
+    "|(?<![\u2600-\u27bf\ufe0f\U0001f000-\U0001faff])\u200d"
+)
+
+
+def language_code(name: str) -> str:
+    """ "ro" for ro, RO, ron, ro-RO, ron_Latn, Romanian; a language that is not in `LANGUAGES` keeps
+    its name, in lower case."""
+    name = name.strip().lower()
+    for code, spellings in LANGUAGES.items():
+        if re.split("[-_]", name)[0] in spellings:
+            return code
+    return name
 
 
 def normalize(text: str, language: str) -> str:
-    """Unicode NFC, white space collapsed to single spaces, and for "ro" comma below ș ț."""
+    """Unicode NFC and single spaces; of English and Romanian without characters that nobody sees,
+    of Romanian with comma-below ș ț. `language`: any spelling."""
+    code = language_code(language)
+    if code in LANGUAGES:
+        text = _INVISIBLE.sub("", text)
     text = " ".join(unicodedata.normalize("NFC", text).split())
-    return text.translate(_COMMA_BELOW) if language == "ro" else text
-
-
-# ---- reading ----------------------------------------------------------------------------------
-
-
-def _require_file(path: Path) -> None:
-    if not path.is_file():
-        what = "is not a regular file" if path.exists() else "does not exist"
-        raise InputError(f"{path} {what}")
-
-
-def read_lines(path: Path) -> Iterator[str]:
-    """Lines of a UTF-8 file without their ends. InputError names the file and the line."""
-    _require_file(path)
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise InputError(
-                    f"{path}:{number}: not valid UTF-8 (byte {error.start + 1} of the line); "
-                    "convert (or unpack) the file first"
-                ) from None
-            yield line.removesuffix("\n").removesuffix("\r")
-
-
-def _pair_columns(
-    names: Iterable[str], languages: tuple[str, str], where: str
-) -> tuple[str, str]:
-    """Which of the columns hold source and target."""
-    names = list(names)
-    for wanted in (languages, ("source", "target")):
-        if set(wanted) <= set(names):
-            return wanted
-    source, target = languages
-    found = ", ".join(map(str, names[:10])) + (", ..." if len(names) > 10 else "")
-    raise InputError(
-        f"{where}: needs columns {source} and {target} (or source and target, or "
-        f"translation), found {found or 'none'}; see --source-lang and --target-lang"
-    )
-
-
-def _record_pair(
-    record: object, languages: tuple[str, str], where: str
-) -> tuple[str, str]:
-    """The pair in {"translation": {"en": .., "ro": ..}} or {"en": .., "ro": ..}."""
-    if isinstance(record, dict) and isinstance(record.get("translation"), dict):
-        record = record["translation"]
-    if not isinstance(record, dict):
-        raise InputError(
-            f"{where}: expected an object with two texts, found {record!r:.40}"
-        )
-    texts = [record[name] for name in _pair_columns(record, languages, where)]
-    for text in texts:
-        if not isinstance(text, (str, type(None))):
-            raise InputError(f"{where}: expected text, found {text!r:.40}")
-        if text and not is_unicode(text):
-            raise InputError(f"{where}: half a surrogate pair, which is no text")
-    return texts[0] or "", texts[1] or ""
+    return text.translate(_COMMA_BELOW) if code == "ro" else text
 
 
 def is_unicode(text: str) -> bool:
@@ -136,84 +116,111 @@ def is_unicode(text: str) -> bool:
     return True
 
 
-def _tsv_rows(path: Path, languages: tuple[str, str]) -> Iterator[tuple[str, str]]:
-    source, target = 0, 1
-    for number, line in enumerate(read_lines(path), 1):
-        fields = line.split("\t")
-        if number == 1 and sorted(fields) in (sorted(languages), ["source", "target"]):
-            source, target = map(
-                fields.index, _pair_columns(fields, languages, str(path))
-            )
-            continue
-        if len(fields) == 1 and not line.strip():
-            fields = ["", ""]
-        if len(fields) != 2:
-            problem = "no tab" if len(fields) == 1 else "more than one tab"
-            raise InputError(f"{path}:{number}: {problem}; a line is source<TAB>target")
-        yield fields[source], fields[target]
+# ---- reading -------------------------------------------------------------------------------------
 
 
-def _csv_rows(path: Path, languages: tuple[str, str]) -> Iterator[tuple[str, str]]:
-    reader = csv.reader((line + "\n" for line in read_lines(path)), strict=True)
-    try:
-        header = next(reader, [])
-        source, target = map(header.index, _pair_columns(header, languages, str(path)))
-        for fields in reader:
-            if fields and len(fields) != len(header):
+class Table(NamedTuple):
+    """A file or a hub data set while it is read."""
+
+    label: str  # for messages
+    rows: Iterator[tuple[str, list]]  # (place, fields)
+    names: list[str] | None = None  # of the columns; None: the first row may be a header
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """(place, line without its end) of a UTF-8 file. Raises InputError with the line's number."""
+    if not path.is_file():
+        raise InputError(f"{path} {'is not a regular file' if path.exists() else 'does not exist'}")
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            place = f"{path}:{number}"
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
                 raise InputError(
-                    f"{path}:{reader.line_num}: {len(fields)} fields under a header of {len(header)}"
-                )
-            yield (fields[source], fields[target]) if fields else ("", "")
-    except csv.Error as error:
-        raise InputError(f"{path}:{reader.line_num}: {error}") from None
+                    f"{place}: not valid UTF-8 (byte {error.start + 1} of the line); "
+                    "convert (or unpack) the file first"
+                ) from None
+            yield place, line.removesuffix("\n").removesuffix("\r")
 
 
-def _json_rows(path: Path, languages: tuple[str, str]) -> Iterator[tuple[str, str]]:
-    """JSON lines, or one array of objects."""
-    lines = enumerate(read_lines(path), 1)
-    for number, line in lines:
-        if not line.strip():
-            continue
+def _tsv_table(path: Path) -> Table:
+    """Fields with tabs between them, without quoting."""
+    return Table(str(path), ((place, line.split("\t")) for place, line in read_lines(path)))
+
+
+def _aligned_table(paths: list[Path], languages: tuple[str, str]) -> Table:
+    """Line n of one file is the translation of line n of the other; endings may name languages."""
+    label, names = " ".join(map(str, paths)), [path.suffix[1:] for path in paths]
+    if _find_columns(names, languages) == (1, 0):
+        raise InputError(
+            f"{label}: the source language is {languages[0]}, but the endings say {names[0]} to "
+            f"{names[1]}; name the source file first, or give the languages the other way round"
+        )
+
+    def rows() -> Iterator[tuple[str, list]]:
+        for pair in zip_longest(*map(read_lines, paths)):
+            if None in pair:
+                short, (place, _) = (paths[0], pair[1]) if pair[0] is None else (paths[1], pair[0])
+                raise InputError(f"{short} ends before {place}: the files are not line-aligned")
+            yield pair[0][0], [line for _, line in pair]
+
+    known = all(language_code(name) in LANGUAGES for name in names)
+    return Table(label, rows(), names if known else None)
+
+
+def _file_table(kind: str, path: Path) -> Table:
+    """A csv, json or parquet file, read by `datasets`, streaming, which leaves no cache."""
+    lines = read_lines(path) if kind != "parquet" else ()
+    empty, options = True, {"data_files": str(path), "split": "train", "streaming": True}
+    for place, line in lines:  # checked here, because errors of `datasets` tell no line
+        empty = empty and not line.strip()
+        if kind == "csv" and "\0" in line:  # older pandas cut the field there
+            raise InputError(f"{place}: a NUL character, which .csv cannot hold")
+    if lines and empty:
+        return Table(str(path), iter(()))
+
+    def load():
+        import datasets
+
+        if kind == "csv":
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                columns = [str(number) for number, _ in enumerate(next(csv.reader(file)))]
+            features = dict.fromkeys(columns, datasets.Value("string"))
+            options.update(header=None, column_names=columns, features=datasets.Features(features))
+            # "NA" and "null" are words, and an empty line is a row.
+            options.update(keep_default_na=False, na_filter=False, skip_blank_lines=False)
+        return datasets.load_dataset(kind, **options)
+
+    table = _datasets_table(str(path), load)
+    return table._replace(names=None) if kind == "csv" else table
+
+
+def _datasets_table(label: str, load: Callable) -> Table:
+    """The rows of the data set that `load` returns: of {"en": .., "ro": ..}, or of
+    {"translation": {"en": .., "ro": ..}}."""
+
+    def records() -> Iterator[dict]:
+        import datasets
+
+        datasets.disable_progress_bars()
+        datasets.logging.set_verbosity(logging.CRITICAL)  # errors are raised as well
         try:
-            if line.lstrip().startswith("["):
-                records = json.loads("\n".join([line, *(line for _, line in lines)]))
-            else:
-                records = [json.loads(line)]
-        except json.JSONDecodeError as error:
-            line = number + error.lineno - 1
-            raise InputError(f"{path}:{line}: no JSON ({error.msg})") from None
-        except (ValueError, RecursionError):
-            # Numbers of 5,000 digits, brackets as many.
-            raise InputError(f"{path}:{number}: JSON beyond reason") from None
-        for index, record in enumerate(records, 1):
-            entry = f", entry {index}" if len(records) > 1 else ""
-            yield _record_pair(record, languages, f"{path}:{number}{entry}")
+            for batch in load().iter(BATCH_ROWS):
+                for values in zip(*batch.values()):
+                    record = dict(zip(batch, values))
+                    nested = record.get("translation")
+                    yield nested if isinstance(nested, dict) else record
+        except InputError:
+            raise
+        except Exception as error:  # noqa: BLE001 - of many kinds, others in every version
+            raise InputError(f"{label}: not readable: {one_line(error)}") from None
 
-
-def _parquet_rows(path: Path, languages: tuple[str, str]) -> Iterator[tuple[str, str]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    _require_file(path)
-    try:
-        with pyarrow.parquet.ParquetFile(path) as table:
-            for batch in table.iter_batches(BATCH_ROWS):
-                for record in batch.to_pylist():
-                    yield _record_pair(record, languages, str(path))
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        reason = in_one_line(error, 80)
-        raise InputError(f"{path}: no readable parquet file ({reason})") from None
-
-
-def _aligned_rows(source: Path, target: Path) -> Iterator[tuple[str, str]]:
-    pairs = zip_longest(read_lines(source), read_lines(target))
-    for number, pair in enumerate(pairs, 1):
-        if None in pair:
-            short, long = (source, target) if pair[0] is None else (target, source)
-            raise InputError(
-                f"{short} ends before line {number} of {long}: not line-aligned"
-            )
-        yield pair
+    found = records()
+    first = next(found, {})
+    rows = enumerate(chain([first] if first else [], found), 1)
+    fields = ((f"{label} row {i}", [record.get(name) for name in first]) for i, record in rows)
+    return Table(label, fields, list(first))
 
 
 def hub_reachable(seconds: float = 5.0) -> bool:
@@ -239,7 +246,7 @@ def hub_reachable(seconds: float = 5.0) -> bool:
                 return
         answers.append(True)
 
-    # In a thread, since a time-out does not cover looking up the host's name.
+    # In a thread, because a time-out does not cover looking up the host's name.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(seconds)
@@ -248,9 +255,9 @@ def hub_reachable(seconds: float = 5.0) -> bool:
     return bool(answers)
 
 
-@lru_cache(maxsize=8)  # it is asked for its splits, its name and its rows
-def _hub_table(name: str, subset: str | None, split: str | None):
-    """A split of a data set on the hub, as a `datasets.Dataset`; None: all of them by name."""
+@lru_cache(maxsize=4)  # it is asked for its splits and for its rows
+def _hub_dataset(name: str, subset: str | None, split: str | None):
+    """A split of a hub data set; None: all of them by name. Raises InputError."""
     online = hub_reachable()
     import datasets
 
@@ -258,40 +265,103 @@ def _hub_table(name: str, subset: str | None, split: str | None):
     try:
         return datasets.load_dataset(name, subset, split=split)
     except Exception as error:  # noqa: BLE001 - of many kinds, others in every version
+        reason = "it is not cached here and the hub cannot be reached"
         if online:
-            reason = f"{type(error).__name__}: {in_one_line(error)}"
-        else:
-            reason = "it is not cached here and the hub cannot be reached"
-        label = "/".join(filter(None, (name, subset, split)))
+            reason = f"{type(error).__name__}: {one_line(error)}"
         raise InputError(
-            f"cannot load data set {label}: {reason}; "
+            f"cannot load data set {'/'.join(filter(None, (name, subset, split)))}: {reason}; "
             "check the name, connect once, or give a file: --dataset pairs.tsv"
         ) from None
 
 
 def has_split(name: str, subset: str | None, split: str) -> bool:
     """Whether a hub data set has this split, such as validation[:50%]. Raises InputError."""
-    return split.partition("[")[0] in _hub_table(name, subset, None)
+    return split.partition("[")[0] in _hub_dataset(name, subset, None)
 
 
-def _hub_rows(
-    name: str, subset: str | None, split: str, languages: tuple[str, str]
-) -> Iterator[tuple[str, str]]:
-    for batch in _hub_table(name, subset, split).iter(BATCH_ROWS):
-        for values in zip(*batch.values()):
-            yield _record_pair(dict(zip(batch, values)), languages, name)
+READERS: dict[str, Callable[[Path], Table]] = {
+    ".tsv": _tsv_table,
+    ".csv": partial(_file_table, "csv"),
+    ".jsonl": partial(_file_table, "json"),
+    ".json": partial(_file_table, "json"),
+    ".parquet": partial(_file_table, "parquet"),
+}
 
 
 def is_on_hub(names: list[str]) -> bool:
     """Whether `read_pairs` takes it for the name of a hub data set."""
     (name, *others) = names
     path = Path(name).expanduser()
-    is_file = bool(others) or path.suffix in READERS or path.exists()
+    is_file = bool(others) or path.suffix.lower() in READERS or path.exists()
     return not is_file and name != PHRASEBOOK
 
 
-READERS = {".tsv": _tsv_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
-READERS |= {".jsonl": _json_rows, ".json": _json_rows}
+def _open_tables(
+    names: list[str], subset: str | None, split: str, languages: tuple[str, str]
+) -> Iterator[Table]:
+    paths = [Path(name).expanduser() for name in names]
+    unknown = [path for path in paths if path.suffix.lower() not in READERS]
+    if names == [PHRASEBOOK]:
+        rows = ((f"phrase {i}", list(pair)) for i, pair in enumerate(phrasebook(), 1))
+        yield Table(PHRASEBOOK, rows, ["source", "target"])
+    elif is_on_hub(names):
+        label = "/".join(filter(None, (names[0], subset, split)))
+        yield _datasets_table(label, partial(_hub_dataset, names[0], subset, split))
+    elif not unknown:
+        yield from (READERS[path.suffix.lower()](path) for path in paths)
+    elif len(unknown) == len(paths) == 2:
+        yield _aligned_table(paths, languages)
+    else:
+        raise InputError(
+            f"cannot tell what {unknown[0]} is: give files ending in {' '.join(READERS)}, "
+            "or exactly two line-aligned text files, source first"
+        )
+
+
+def _find_columns(names: list[str], languages: tuple[str, str]) -> tuple[int, int] | None:
+    """Which columns hold source and target, by their names; None: the names do not say."""
+    codes = [language_code(name) for name in names]
+    wanted = [[language_code(language)] for language in languages]
+    for sides in (wanted, [["source", "src"], ["target", "tgt", "trg"]]):
+        found = [[i for i, code in enumerate(codes) if code in side] for side in sides]
+        if all(found) and found[0] != found[1]:
+            return found[0][0], found[1][0]
+    return None
+
+
+def _choose_columns(
+    table: Table, first: list, languages: tuple[str, str], columns: tuple[str, str] | None
+) -> tuple[int, int, bool]:
+    """(source column, target column, whether the row `first` is a header).
+
+    Raises InputError where nothing says which columns to take, or names and languages disagree.
+    """
+    names = [str(name).strip() for name in (first if table.names is None else table.names)]
+    listed = ", ".join(" ".join(name.split())[:40] for name in names[:10]) or "none"
+    found, may_be_header = _find_columns(names, languages), table.names is None
+    if columns is not None:
+        numbers = {str(i): i - 1 for i in range(1, len(names) + 1)}
+        numbers |= {name: i for i, name in enumerate(names)}
+        for column in columns:
+            if column not in numbers:
+                raise InputError(f"{table.label}: no column {column!r}; found {listed}")
+        header = may_be_header and (found is not None or set(columns) <= set(names))
+        return numbers[columns[0]], numbers[columns[1]], header
+    if found is not None:
+        if may_be_header:
+            source, target = (names[i] for i in found)
+            note(f"{table.label}: line 1 is a header; source is {source!r}, target is {target!r}")
+        return *found, may_be_header
+    # Short codes, one of them of a language that is asked for: a header, but of other languages.
+    codes = {language_code(language) for language in languages} & set(map(language_code, names))
+    coded = codes and all(re.fullmatch("[A-Za-z]{2,3}([-_][A-Za-z]+)?", name) for name in names)
+    if may_be_header and len(names) == 2 and not coded:
+        note(f"{table.label} names no languages: column 1 is {languages[0]}, 2 is {languages[1]}")
+        return 0, 1, False
+    raise InputError(
+        f"{table.label}: no columns for {languages[0]} and {languages[1]}, found {listed}; "
+        "pick two by name or number, such as --columns 1 2"
+    )
 
 
 def read_pairs(
@@ -299,91 +369,83 @@ def read_pairs(
     subset: str | None = None,
     split: str = "train",
     languages: tuple[str, str] = ("en", "ro"),
-) -> Iterator[TextBatch]:
-    """Normalised sentence pairs, in batches of `BATCH_ROWS`.
+    columns: tuple[str, str] | None = None,
+) -> Iterator[Pair]:
+    """Normalised sentence pairs.
 
     Args:
         dataset: "phrasebook", a name on the Hugging Face hub, or one or more files: .tsv
-            (source<TAB>target, no quoting), .csv (with a header), .jsonl or .json (objects),
-            .parquet; or exactly two files of any other name, line-aligned, source first.
+            (source<TAB>target, no quoting), .csv, .jsonl or .json (objects), .parquet; or exactly
+            two files of any other name, line-aligned, source first.
         subset, split: of a hub data set.
-        languages: codes of source and target; they name the columns.
+        languages: of source and target, in any spelling; they decide how text is normalised, and
+            find the columns by their names.
+        columns: the columns of source and target instead, by name or by number from 1.
 
     Raises InputError, for text files with file and line.
     """
+    for language in languages:
+        if language_code(language) not in LANGUAGES:
+            note(f"no rules are known for the language {language!r}: its text gets NFC alone")
     names = [dataset] if isinstance(dataset, str) else list(dataset)
-    paths = [Path(name).expanduser() for name in names]
-    unknown = [path for path in paths if path.suffix not in READERS]
-    if names == [PHRASEBOOK]:
-        rows = phrasebook()
-    elif is_on_hub(names):
-        rows = _hub_rows(names[0], subset, split, languages)
-    elif not unknown:
-        rows = (row for path in paths for row in READERS[path.suffix](path, languages))
-    elif len(unknown) == len(paths) == 2:
-        rows = _aligned_rows(*paths)
-    elif len(paths) > 1:
-        raise InputError(
-            f"cannot tell what {unknown[0]} is: give files ending in {' '.join(READERS)}, "
-            "or exactly two line-aligned text files"
-        )
-    else:
-        raise InputError(
-            f"cannot tell what {paths[0]} is: files end in {' '.join(READERS)}, "
-            "and line-aligned text files come in twos"
-        )
-    source_language, target_language = languages
-    for batch in _batched(rows):
-        yield (
-            [normalize(source, source_language) for source, _ in batch],
-            [normalize(target, target_language) for _, target in batch],
-        )
+    for table in _open_tables(names, subset, split, languages):
+        first = next(table.rows, None)
+        if first is None:
+            note(f"{table.label} is empty")
+            continue
+        source, target, is_header = _choose_columns(table, first[1], languages, columns)
+        width = len(first[1])
+        for place, fields in table.rows if is_header else chain([first], table.rows):
+            if len(fields) != width and any(fields):
+                raise InputError(f"{place}: {len(fields)} columns, where line 1 has {width}")
+            texts = [fields[i] or "" if len(fields) == width else "" for i in (source, target)]
+            for text in texts:
+                if not isinstance(text, str) or not is_unicode(text):
+                    raise InputError(f"{place}: expected text, found {text!r:.40}")
+            yield Pair(*map(normalize, texts, languages), place)
 
 
-def _batched(rows: Iterable) -> Iterator[list]:
-    rows = iter(rows)
-    while batch := list(islice(rows, BATCH_ROWS)):
-        yield batch
+# ---- cleaning ------------------------------------------------------------------------------------
 
 
-# ---- cleaning ---------------------------------------------------------------------------------
-
-
-def text_key(text: str) -> bytes:
-    """Eight bytes that stand for a text where millions are compared."""
-    return hashlib.blake2b(text.encode(), digest_size=8).digest()
+def text_key(text: str) -> str:
+    """What is left of a text for somebody who ignores case and punctuation."""
+    return " ".join(re.findall(r"\w+", text.casefold())) or text
 
 
 def clean(
-    batches: Iterable[TextBatch], dropped: Counter, held_out: set[bytes] = frozenset()
-) -> Iterator[TextBatch]:
+    pairs: Iterable[Pair], dropped: Counter, held_out: set[str] = frozenset()
+) -> Iterator[Pair]:
     """Pairs that can teach something; the others are counted in `dropped` by reason.
 
-    Dropped: a side is empty; the very same pair came before; its source stands in `held_out`
-    (`text_key`s of validation and test); one side is over three times as long as the other (in
-    characters, with 20 to spare for short sentences).
+    Dropped: a side is empty; the very same pair came before; its source is held out (`text_key`s of
+    validation and test); one side is over three times as long as the other (in characters, with 20
+    to spare for short sentences).
     """
     seen = set()
-    for sources, targets in batches:
-        kept = []
-        for source, target in zip(sources, targets):
-            short, long = sorted((len(source), len(target)))
-            key = text_key(f"{source}\t{target}")
-            if not short:
-                dropped["empty"] += 1
-            elif key in seen:
-                dropped["duplicate"] += 1
-            elif held_out and text_key(source) in held_out:
-                dropped["held out"] += 1
-            elif long > 3 * short + 20:
-                dropped["length ratio"] += 1
-            else:
-                kept.append((source, target))
-            seen.add(key)
-        yield [source for source, _ in kept], [target for _, target in kept]
+    for pair in pairs:
+        texts = pair[:2]
+        short, long = sorted(map(len, texts))
+        if not short:
+            dropped["empty"] += 1
+        elif texts in seen:
+            dropped["duplicate"] += 1
+        elif held_out and text_key(pair.source) in held_out:
+            dropped["held out"] += 1
+        elif long > 3 * short + 20:
+            dropped["length ratio"] += 1
+        else:
+            yield pair
+        seen.add(texts)
 
 
-# ---- tokenizer --------------------------------------------------------------------------------
+def describe_dropped(dropped: dict[str, int]) -> str:
+    """ " (dropped: 3 duplicate, 1 empty)", or nothing where nothing was."""
+    reasons = [f"{count:,} {reason}" for reason, count in dropped.items() if count]
+    return f" (dropped: {', '.join(reasons)})" if reasons else ""
+
+
+# ---- tokenizer -----------------------------------------------------------------------------------
 
 
 def load_tokenizer(name: str):
@@ -412,7 +474,7 @@ def load_tokenizer(name: str):
     except Exception as error:  # noqa: BLE001 - of many kinds, others in every version
         reason = "it is not cached here and the hub cannot be reached"
         if online:
-            reason = in_one_line(error, 120)
+            reason = one_line(error, 120)
         raise InputError(
             f"cannot load tokenizer {name}: {reason}; give another name, the folder of a "
             "tokenizer, or train one: --tokenizer train:8000"
@@ -444,54 +506,24 @@ def save_tokenizer(tokenizer, folder: Path) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def complete_tokenizer(tokenizer, max_length: int) -> None:
-    """Make the tokenizer do by itself what this module does around it: normalise the text, end it
-    in eos, leave spaces alone when it decodes."""
-    from tokenizers import Regex, normalizers, processors
-
-    eos, tokenizer.model_max_length = tokenizer.eos_token, max_length
-    tokenizer.clean_up_tokenization_spaces = False
-    # No token types, which such models do not take; both places, for transformers 4 and 5.
-    tokenizer.model_input_names = ["input_ids", "attention_mask"]
-    tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names
-    backend = tokenizer.backend_tokenizer
-    if tokenizer("a")["input_ids"][-1] != tokenizer.eos_token_id:
-        backend.post_processor = processors.TemplateProcessing(
-            single=f"$A {eos}", special_tokens=[(eos, tokenizer.eos_token_id)]
-        )
-    if backend.normalizer is None:
-        spaces = normalizers.Replace(Regex(r"\s+"), " ")
-        backend.normalizer = normalizers.Sequence(
-            [normalizers.NFC(), spaces, normalizers.Strip()]
-        )
-
-
-def train_tokenizer(texts: Iterable[list[str]], vocab_size: int):
+def train_tokenizer(texts: Iterable[str], vocab_size: int):
     """A byte-level BPE (Radford et al. 2019): every text round-trips, nothing is `<unk>`.
 
-    Args: texts: batches of sentences, source and target alike. vocab_size: at least 300.
+    Args: texts: sentences, source and target alike. vocab_size: at least 300.
     Returns: a `PreTrainedTokenizerFast` with <pad> 0, </s> 1, <unk> 2.
     """
-    from tokenizers import (
-        Tokenizer,
-        decoders,
-        models,
-        pre_tokenizers,
-        processors,
-        trainers,
-    )
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     if not 300 <= vocab_size <= 1_000_000:
-        raise InputError(
-            f"a vocabulary has 300 to 1,000,000 tokens, not {vocab_size:,}"
-        )
+        raise InputError(f"a vocabulary has 300 to 1,000,000 tokens, not {vocab_size:,}")
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=["<pad>", "</s>", "<unk>"],
+        special_tokens=list(special.values()),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -499,26 +531,7 @@ def train_tokenizer(texts: Iterable[list[str]], vocab_size: int):
     tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", tokenizer.token_to_id("</s>"))]
     )
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="</s>",
-        unk_token="<unk>",
-    )
-    return _plain_text(fast)
-
-
-def numbered_tokenizer(vocab_size: int):
-    """Token i is the word "i", but for <pad> 0, </s> 1, <unk> 2: for models that were not trained."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    words = [*special.values(), *map(str, range(3, vocab_size))]
-    model = models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>")
-    tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    return _plain_text(PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special))
 
 
 def encode_texts(texts: list[str], tokenizer) -> list[list[int]]:
@@ -537,41 +550,6 @@ def encode_texts(texts: list[str], tokenizer) -> list[list[int]]:
     return [[*row, tokenizer.eos_token_id] for row in ids]
 
 
-def split_text(text: str, tokenizer, max_length: int) -> list[list[int]]:
-    """Token ids of a text in pieces of at most `max_length` tokens, eos included.
-
-    Cut where it hurts least: into sentences, and what is still too long between clauses, else
-    between words, else anywhere. A text that fits is one piece.
-    """
-    (ids,) = encode_texts([text], tokenizer)
-    if len(ids) <= max_length:
-        return [ids]
-    pieces = re.split(r"(?<=[.!?…])\s+(?=[^a-zăâîșț])", text)  # one sentence, one piece
-    if len(pieces) > 1:
-        return [
-            ids for piece in pieces for ids in split_text(piece, tokenizer, max_length)
-        ]
-    for boundary in (r"(?<=[,;:)–—])\s+", r"\s+"):
-        pieces, current, size = [], [], 0  # as much as fits is one piece
-        parts = re.split(boundary, text)
-        for part, part_ids in zip(parts, encode_texts(parts, tokenizer)):
-            # Its eos makes up for the space that it lost.
-            if current and size + len(part_ids) > max_length:
-                pieces.append(" ".join(current))
-                current, size = [], 0
-            current.append(part)
-            size += len(part_ids)
-        pieces.append(" ".join(current))
-        if len(pieces) > 1:
-            return [
-                ids
-                for piece in pieces
-                for ids in split_text(piece, tokenizer, max_length)
-            ]
-    body, step = ids[:-1], max(max_length - 1, 1)
-    return [[*body[i : i + step], ids[-1]] for i in range(0, len(body), step)]
-
-
 def decode_ids(ids: list[list[int]], tokenizer, language: str) -> list[str]:
     """One line of normalised text per row of ids."""
     # Clean-up would move spaces around punctuation, which training never saw.
@@ -581,154 +559,65 @@ def decode_ids(ids: list[list[int]], tokenizer, language: str) -> list[str]:
     return [normalize(text, language) for text in texts]
 
 
-def encode(
-    batches: Iterable[TextBatch], tokenizer, max_length: int, dropped: Counter
-) -> Iterator[dict[str, list]]:
-    """Columns source, target, source_ids, target_ids of the pairs within `max_length` tokens.
+def round_trip_loss(texts: list[str], tokenizer, language: str, sample: int = 5000) -> float:
+    """Share of the texts that encoding and decoding changes, of about `sample` of them.
 
-    Longer ones are dropped and counted, not cut: half a sentence is no translation of a whole one.
+    It sees what a share of `<unk>` does not: a vocabulary without `<unk>` leaves letters out.
     """
-    for sources, targets in batches:
-        columns = (
-            sources,
-            targets,
-            encode_texts(sources, tokenizer),
-            encode_texts(targets, tokenizer),
-        )
-        kept = [
-            row for row in zip(*columns) if max(len(row[2]), len(row[3])) <= max_length
-        ]
-        dropped["over-long"] += len(sources) - len(kept)
-        names = ("source", "target", "source_ids", "target_ids")
-        yield (
-            dict(zip(names, map(list, zip(*kept))))
-            if kept
-            else {name: [] for name in names}
-        )
+    texts = texts[:: max(1, len(texts) // sample)]
+    decoded = decode_ids(encode_texts(texts, tokenizer), tokenizer, language)
+    return sum(a != b for a, b in zip(texts, decoded)) / max(1, len(texts))
 
 
-def to_table(batches: Iterable[dict[str, list]], limit: int | None = None):
-    """Batches of columns as one `pyarrow.Table`, of `limit` rows at most; None without any."""
-    import pyarrow
-
-    types = {"source": pyarrow.string(), "target": pyarrow.string()}
-    types |= {
-        "source_ids": pyarrow.list_(pyarrow.int32()),
-        "target_ids": pyarrow.list_(pyarrow.int32()),
-    }
-    tables, rows = [], 0
-    for batch in batches:
-        arrays = {
-            name: pyarrow.array(column, types[name]) for name, column in batch.items()
-        }
-        table = pyarrow.table(arrays)[: None if limit is None else limit - rows]
-        tables.append(table)
-        rows += len(table)
-        if limit is not None and rows >= limit:
-            break
-    return pyarrow.concat_tables(tables) if rows else None
+# ---- split ---------------------------------------------------------------------------------------
 
 
-def select(table, rows: np.ndarray):
-    """Rows of a table, in their order there. rows: [M] int64."""
-    kept = np.zeros(len(table), bool)
-    kept[rows] = True
-    return table.filter(kept)
-
-
-# ---- split ------------------------------------------------------------------------------------
-
-
-def grouped_split(
-    groups, test_size: float, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
-    """Row numbers for training and for validation; no group has rows in both.
+def grouped_split(groups: np.ndarray, size: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Row numbers that stay and row numbers held out, in order; no group has rows in both.
 
     A random split would leak: a source sentence with two translations would stand on both sides.
 
-    Args: groups: [N], equal for rows of one group. test_size: share of the groups (below 1) or
-    their number. Raises InputError where that leaves either side empty.
+    Args: groups: [N], equal for rows of one group. size: share of the groups (below 1) or their
+    number. Raises InputError where that leaves either side empty.
     """
     from sklearn.model_selection import GroupShuffleSplit
 
-    test_size = float(test_size) if test_size < 1 else int(test_size)
-    splitter = GroupShuffleSplit(n_splits=1, test_size=test_size, random_state=seed)
+    size = float(size) if size < 1 else int(size)
+    splitter = GroupShuffleSplit(n_splits=1, test_size=size, random_state=seed)
     try:
-        train_rows, test_rows = next(splitter.split(groups, groups=groups))
+        rest, part = next(splitter.split(groups, groups=groups))
     except ValueError:
         raise InputError(
-            f"cannot hold out {test_size} of {len(set(groups.tolist()))} source sentences; "
-            "give more pairs or another --validation-size"
+            f"cannot hold out {size} of {len(set(groups.tolist()))} source sentences; "
+            "give more pairs or hold out fewer"
         ) from None
-    return train_rows, test_rows
+    return np.sort(rest), np.sort(part)
 
 
-def hold_out(groups: np.ndarray, sizes: list[int], seed: int = 0) -> list[np.ndarray]:
-    """Row numbers of parts with exactly so many rows, and last of the rest; no group has rows in
-    two parts.
-
-    Args: groups: [N] int64 from 0 on, equal for rows of one group. Raises InputError where the
-    groups do not add up to `sizes`.
-    """
-    counts = np.bincount(groups)
-    part_of, left = np.full(len(counts), len(sizes)), list(sizes)
-    for group in np.random.default_rng(seed).permutation(len(counts)):
-        for part, room in enumerate(left):
-            if counts[group] <= room:
-                part_of[group], left[part] = part, room - counts[group]
-                break
-    rest = (part_of == len(sizes)).any()
-    if any(left) or not rest:
-        wanted = " and ".join(map(str, sizes))
-        raise InputError(
-            f"cannot hold out {wanted} of {len(groups)} pairs and have some left; "
-            "ask for fewer, or give more pairs"
-        )
-    return [np.flatnonzero(part_of[groups] == part) for part in range(len(sizes) + 1)]
+def hold_out(pairs: list[Pair], size: float, seed: int = 0) -> tuple[list[Pair], list[Pair]]:
+    """(those that stay, those held out), grouped by `text_key` of the source; see `grouped_split`."""
+    numbers: dict[str, int] = {}
+    groups = [numbers.setdefault(text_key(pair.source), len(numbers)) for pair in pairs]
+    rest, part = grouped_split(np.array(groups), size, seed)
+    return [pairs[row] for row in rest], [pairs[row] for row in part]
 
 
-# ---- batches ----------------------------------------------------------------------------------
+# ---- token ids -----------------------------------------------------------------------------------
 
 
 class PairDataset(Dataset):
     """Token ids of sentence pairs, flat: row i of a side is ids[offsets[i]:offsets[i + 1]].
 
-    `dataset[i]` is (source ids [S] int64, target ids [T] int64), both ending in eos.
+    `dataset[i]` is (source ids [S] int64, target ids [T] int64), both ending in eos; it was read
+    at `dataset.places[i]`.
     """
 
-    def __init__(self, sides: list[tuple[np.ndarray, np.ndarray]]):
+    def __init__(self, sides: list[tuple[np.ndarray, np.ndarray]], places: list[str]):
         """sides: (flat ids int32, offsets int64 [N + 1]) of source and of target."""
-        self.sides = sides
-
-    @classmethod
-    def from_table(cls, table) -> "PairDataset":
-        """table: what `to_table` makes."""
-        sides = []
-        for name in ("source_ids", "target_ids"):
-            chunks = table[name].chunks
-            lengths = np.concatenate([np.diff(chunk.offsets) for chunk in chunks])
-            offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-            sides.append((np.concatenate([c.flatten() for c in chunks]), offsets))
-        return cls(sides)
-
-    def save(self, path: Path) -> None:
-        from safetensors.numpy import save_file
-
-        arrays = {}
-        for name, (ids, offsets) in zip(("source", "target"), self.sides):
-            arrays |= {f"{name}_ids": ids, f"{name}_offsets": offsets}
-        save_file(arrays, path)
-
-    @classmethod
-    def load(cls, path: Path) -> "PairDataset":
-        from safetensors.numpy import load_file
-
-        arrays = load_file(path)
-        names = ("source", "target")
-        return cls([(arrays[f"{n}_ids"], arrays[f"{n}_offsets"]) for n in names])
+        self.sides, self.places = sides, places
 
     def __len__(self) -> int:
-        return len(self.sides[0][1]) - 1
+        return len(self.places)
 
     def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
         source, target = (
@@ -751,14 +640,133 @@ class PairDataset(Dataset):
             content.update(ids.tobytes())
         return content.hexdigest()
 
-    def rows_with(self, token_id: int | None) -> tuple[float, float]:
-        """Share of the rows whose source, and whose target, holds a token (`<unk>`, say)."""
-        shares = []
-        for ids, offsets in self.sides:
-            positions = np.flatnonzero(ids == (-1 if token_id is None else token_id))
-            rows = np.searchsorted(offsets, positions, side="right")
-            shares.append(len(np.unique(rows)) / max(len(self), 1))
-        return shares[0], shares[1]
+
+def _batched(rows: Iterable) -> Iterator[list]:
+    rows = iter(rows)
+    while batch := list(islice(rows, BATCH_ROWS)):
+        yield batch
+
+
+def encode(
+    pairs: Iterable[Pair], tokenizer, max_length: int, dropped: Counter, limit: int | None = None
+) -> tuple[list[Pair], PairDataset]:
+    """The first `limit` pairs of at most `max_length` tokens a side, as they are and as ids.
+
+    Longer ones are dropped and counted, not cut: half a sentence is no translation of a whole one.
+    """
+    kept, ids, lengths = [], ([], []), ([], [])
+    for batch in _batched(pairs):
+        texts = [[pair[side] for pair in batch] for side in (0, 1)]
+        rows = zip(batch, *(encode_texts(side, tokenizer) for side in texts))
+        flat = ([], [])
+        for pair, *encoded in rows:
+            if len(kept) == limit:
+                break
+            if max(map(len, encoded)) > max_length:
+                dropped["over-long"] += 1
+                continue
+            kept.append(pair)
+            for side in (0, 1):
+                flat[side].extend(encoded[side])
+                lengths[side].append(len(encoded[side]))
+        for side in (0, 1):
+            ids[side].append(np.array(flat[side], np.int32))
+        if len(kept) == limit:
+            break
+    sides = []
+    for side in (0, 1):
+        offsets = np.concatenate([[0], np.cumsum(lengths[side], dtype=np.int64)])
+        sides.append((np.concatenate([*ids[side], np.array([], np.int32)]), offsets))
+    return kept, PairDataset(sides, [pair.place for pair in kept])
+
+
+@dataclass
+class Data:
+    """What a training run needs to know of its data."""
+
+    tokenizer: object
+    train: PairDataset
+    validation: PairDataset
+    validation_pairs: list[Pair]  # of a given set also what is over-long
+    test_pairs: list[Pair]  # may be empty
+    dropped: dict[str, int]  # pairs lost in cleaning, by reason
+    round_trip_loss: tuple[float, float]  # of the training pairs, source and target
+
+
+def whole_pairs(pairs: Iterable[Pair]) -> list[Pair]:
+    """Those that have two sides, which are all that is scored. Raises InputError without any."""
+    found = [pair for pair in pairs if pair.source and pair.target]
+    if not found:
+        raise InputError("the validation or test set holds no pairs")
+    return found
+
+
+def prepare(
+    pairs: Iterable[Pair],
+    tokenizer: str,
+    max_length: int,
+    validation_size: float = 0.02,
+    test_size: float = 0.0,
+    num_samples: int | None = None,
+    seed: int = 0,
+    validation: Iterable[Pair] | None = None,
+    test: Iterable[Pair] | None = None,
+    languages: tuple[str, str] = ("en", "ro"),
+) -> Data:
+    """From sentence pairs to token ids of training and validation.
+
+    Args:
+        tokenizer: a hub name, a folder, or "train:N", a vocabulary of N learnt from the training
+            pairs alone.
+        max_length: tokens per sentence, eos included; longer pairs are dropped.
+        validation_size, test_size: share of the source sentences held out, or their number.
+        num_samples: stop after this many pairs that survived cleaning.
+        validation, test: pairs of their own, instead of some held out; whatever has a source in
+            common with them is left out of training.
+
+    Raises InputError where nothing is left.
+    """
+    dropped = Counter()
+    kind, _, size = tokenizer.partition(":")
+    if kind == "train" and not size.isdecimal():
+        raise InputError(f"--tokenizer {tokenizer}: write train:N, for example train:8000")
+    validation = None if validation is None else whole_pairs(validation)
+    test = None if test is None else whole_pairs(test)
+    held_out = {text_key(pair.source) for pair in chain(validation or (), test or ())}
+    bar = partial(tqdm, unit=" pairs", unit_scale=True, leave=False, delay=2)
+    kept = clean(bar(pairs, desc="read"), dropped, held_out)
+    if kind == "train":
+        kept = list(islice(kept, num_samples))
+    else:
+        tokenizer = load_tokenizer(tokenizer)
+        kept = list(kept) if num_samples is None else kept
+        kept, _ = encode(kept, tokenizer, max_length, dropped, num_samples)
+    if not kept:
+        raise InputError(f"no pairs left after cleaning{describe_dropped(dropped)}")
+    if test is None and test_size:
+        kept, test = hold_out(kept, test_size, seed)
+    own_validation = validation is None
+    if own_validation:
+        kept, validation = hold_out(kept, validation_size, seed)
+    if kind == "train":
+        tokenizer = train_tokenizer((text for pair in kept for text in pair[:2]), int(size))
+    kept, train_ids = encode(bar(kept, desc="encode"), tokenizer, max_length, dropped)
+    beyond = dropped if own_validation else Counter()
+    fitting, validation_ids = encode(validation, tokenizer, max_length, beyond)
+    if own_validation:
+        validation = fitting
+    else:
+        dropped["over-long validation"] = beyond["over-long"]
+    if not kept or not fitting:
+        raise InputError(f"training or validation is empty{describe_dropped(dropped)}")
+    lost = tuple(
+        round_trip_loss([pair[side] for pair in kept], tokenizer, languages[side])
+        for side in (0, 1)
+    )
+    return Data(tokenizer, train_ids, validation_ids, validation, test or [], dict(dropped), lost)
+
+
+# ---- batches -------------------------------------------------------------------------------------
 
 
 class BucketBatchSampler(Sampler[list[int]]):
@@ -888,8 +896,7 @@ class BucketBatchSampler(Sampler[list[int]]):
         for lengths in (self.source_lengths, self.target_lengths):
             real += lengths.sum()
             padded += sum(
-                len(rows) * round_up(lengths[rows].max(), self.multiple)
-                for rows in self.batches
+                len(rows) * round_up(lengths[rows].max(), self.multiple) for rows in self.batches
             )
         return 1.0 - real / padded
 
@@ -948,179 +955,7 @@ def make_loader(
     return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate)
 
 
-# ---- the whole way ----------------------------------------------------------------------------
-
-
-@dataclass
-class Data:
-    """What a training run needs to know of its data."""
-
-    tokenizer: object
-    train: PairDataset
-    validation: PairDataset
-    # "source" and "target", in row order; of a given set also what is over-long
-    validation_text: dict[str, list[str]]
-    dropped: dict[str, int]  # pairs lost in cleaning, by reason
-    test_text: dict[str, list[str]] | None = None  # where a test set was given
-
-    def save(self, folder: Path) -> None:
-        """Fill a folder with all of it."""
-        self.train.save(folder / "train.safetensors")
-        self.validation.save(folder / "validation.safetensors")
-        save_tokenizer(self.tokenizer, folder)
-        names = ("validation_text", "dropped", "test_text")
-        rest = {name: getattr(self, name) for name in names}
-        text = json.dumps(rest, ensure_ascii=False)
-        (folder / "validation.json").write_text(text, encoding="utf-8")
-
-    @classmethod
-    def load(cls, folder: Path) -> "Data":
-        """What `save` wrote. Raises of all kinds where that is damaged."""
-        rest = json.loads((folder / "validation.json").read_text(encoding="utf-8"))
-        return cls(
-            load_tokenizer(str(folder)),
-            PairDataset.load(folder / "train.safetensors"),
-            PairDataset.load(folder / "validation.safetensors"),
-            **rest,
-        )
-
-
-def prepared_key(sources: list[tuple], *settings) -> str | None:
-    """A name for what `prepare` makes of these sources, each the first three arguments of
-    `read_pairs`, with these settings: another one whenever anything that it depends on is
-    different. None for the built-in corpus.
-
-    A hub data set goes by the files that `datasets` keeps of it, whose names hold its revision;
-    data files, and a tokenizer's folder among the settings, by their content.
-    """
-    content = hashlib.sha256()
-
-    def add(path: Path) -> None:
-        with path.open("rb") as file:
-            while block := file.read(2**20):
-                content.update(block)
-
-    for dataset, subset, split in sources:
-        names = [dataset] if isinstance(dataset, str) else list(dataset)
-        if names == [PHRASEBOOK]:
-            return None
-        if is_on_hub(names):
-            rows = _hub_table(names[0], subset, split)
-            content.update(f"{rows.cache_files} {subset} {split} {len(rows)}".encode())
-            continue
-        for path in (Path(name).expanduser() for name in names):
-            _require_file(path)
-            content.update(f"{path.suffix} {path.stat().st_size} ".encode())
-            add(path)
-    for setting in settings:
-        content.update(f"{setting!r} ".encode())
-        folder = Path(setting).expanduser() if isinstance(setting, str) else None
-        if folder is not None and folder.is_dir():
-            for path in sorted(path for path in folder.iterdir() if path.is_file()):
-                add(path)
-    for library in ("tokenizers", "transformers", "scikit-learn"):
-        content.update(f"{library} {version(library)} ".encode())
-    add(Path(__file__))
-    return content.hexdigest()[:24]
-
-
-def prepare(
-    batches: Iterable[TextBatch],
-    tokenizer: str,
-    max_length: int,
-    validation_size: float,
-    num_samples: int | None = None,
-    seed: int = 0,
-    validation: Iterable[TextBatch] | None = None,
-    test: Iterable[TextBatch] | None = None,
-) -> Data:
-    """From sentence pairs to training and validation ids.
-
-    Args:
-        tokenizer: a hub name, a folder, or "train:N", a vocabulary of N learnt from the training
-            rows alone.
-        max_length: tokens per sentence, eos included; longer pairs are dropped.
-        validation_size: share of the source sentences held out, or their number.
-        num_samples: stop after this many pairs that survived cleaning.
-        validation, test: pairs of their own, instead of some held out; whatever has a source in
-            common with them is left out of training.
-
-    Raises InputError where nothing is left.
-    """
-    dropped = Counter()
-    kind, _, size = tokenizer.partition(":")
-    to_train = kind == "train"
-    if to_train and not size.isdecimal():
-        raise InputError(
-            f"--tokenizer {tokenizer}: write train:N, for example train:8000"
-        )
-    given = [part and _whole_text(part) for part in (validation, test)]
-    held_out = {text_key(s) for part in given if part for s in part["source"]}
-    pairs = clean(batches, dropped, held_out)
-    if to_train:
-        table = to_table(({"source": s, "target": t} for s, t in pairs), num_samples)
-    else:
-        tokenizer = load_tokenizer(tokenizer)
-        table = to_table(encode(pairs, tokenizer, max_length, dropped), num_samples)
-    if table is None:
-        raise InputError(f"no pairs left after cleaning{describe_dropped(dropped)}")
-    tables = [table]
-    if given[0] is None:
-        sources = (source for batch in _text_columns(table) for source in batch[0])
-        parts = grouped_split(number_texts(sources), validation_size, seed)
-        tables = [select(table, part) for part in parts]
-    if to_train:
-        sides = (side for batch in _text_columns(tables[0]) for side in batch)
-        tokenizer = train_tokenizer(sides, int(size))
-        tables = [
-            to_table(encode(_text_columns(part), tokenizer, max_length, dropped))
-            for part in tables
-        ]
-    if given[0]:
-        pairs = [(given[0]["source"], given[0]["target"])]
-        beyond = Counter()
-        tables.append(to_table(encode(pairs, tokenizer, max_length, beyond)))
-        dropped["over-long validation"] = beyond["over-long"]
-    if None in tables:
-        raise InputError(f"training or validation is empty{describe_dropped(dropped)}")
-    text = given[0] or tables[1].select(["source", "target"]).to_pydict()
-    train, validation = map(PairDataset.from_table, tables)
-    return Data(tokenizer, train, validation, text, dict(dropped), given[1])
-
-
-def whole_pairs(batches: Iterable[TextBatch]) -> Iterator[tuple[str, str]]:
-    """The pairs that have two sides, which are all that is scored."""
-    return (pair for batch in batches for pair in zip(*batch) if all(pair))
-
-
-def _whole_text(batches: Iterable[TextBatch]) -> dict[str, list[str]]:
-    """All of `whole_pairs`; InputError without any."""
-    pairs = list(whole_pairs(batches))
-    if not pairs:
-        raise InputError("the validation or test set holds no pairs")
-    sources, targets = map(list, zip(*pairs))
-    return {"source": sources, "target": targets}
-
-
-def number_texts(texts: Iterable[str]) -> np.ndarray:
-    """Equal texts, equal numbers, from 0 on as they first come: [N] int64."""
-    numbers: dict[bytes, int] = {}
-    keys = map(text_key, texts)
-    return np.array([numbers.setdefault(key, len(numbers)) for key in keys], int)
-
-
-def _text_columns(table) -> Iterator[TextBatch]:
-    for batch in table.to_batches(BATCH_ROWS):
-        yield batch["source"].to_pylist(), batch["target"].to_pylist()
-
-
-def describe_dropped(dropped: dict[str, int]) -> str:
-    """ " (dropped: 3 duplicate, 1 empty)", or nothing where nothing was."""
-    reasons = [f"{count:,} {reason}" for reason, count in dropped.items() if count]
-    return f" (dropped: {', '.join(reasons)})" if reasons else ""
-
-
-# ---- the tutorial's two calls -----------------------------------------------------------------
+# ---- the tutorial's two calls --------------------------------------------------------------------
 
 
 def load_dataset_and_tokenize(
@@ -1142,14 +977,14 @@ def load_dataset_and_tokenize(
     dropped = Counter()
     tokenizer = load_tokenizer(tokenizer)
     pairs = clean(read_pairs(dataset_name, subset, split, languages), dropped)
-    table = to_table(encode(pairs, tokenizer, max_length, dropped), num_samples)
-    if table is None:
+    _, encoded = encode(pairs, tokenizer, max_length, dropped, num_samples)
+    if not len(encoded):
         raise InputError(f"no pairs left after cleaning{describe_dropped(dropped)}")
     sides = []
-    for name in ("source_ids", "target_ids"):
-        matrix = torch.full((len(table), max_length), tokenizer.pad_token_id)
-        for row, ids in zip(matrix, table[name].to_pylist()):
-            row[: len(ids)] = torch.tensor(ids)
+    for rows in zip(*encoded):
+        matrix = torch.full((len(rows), max_length), tokenizer.pad_token_id)
+        for line, ids in zip(matrix, rows):
+            line[: len(ids)] = ids
         sides.append(matrix)
     return sides[0], sides[1], tokenizer
 
@@ -1189,54 +1024,43 @@ class PaddedPairs(TensorDataset):
         self.lengths = tuple(ids.ne(pad_id).sum(dim=1).numpy() for ids in self.tensors)
 
 
-# ---- the built-in corpus ----------------------------------------------------------------------
+# ---- the built-in corpus -------------------------------------------------------------------------
 #
-# An invented phrasebook, written for this repository: a phrase grammar that builds an English
-# sentence and its Romanian translation side by side. It is no benchmark. It has what makes
-# translating more than replacing words: adjectives after the noun, agreement in gender and number,
-# the suffixed article and the prepositions that drop it, verb persons, clitics (also doubling a
-# human object: "Îl văd pe profesor"), dative "a plăcea", numerals that agree, questions that invert.
+# An invented phrasebook: a grammar that builds an English sentence and its Romanian translation side
+# by side. It is no benchmark, but it takes more than replacing words: adjectives after the noun,
+# agreement in gender and number, the suffixed article and the prepositions that drop it, verb
+# persons, clitics (also doubling a human object: "Îl văd pe profesor"), dative "a plăcea", numerals
+# that agree, questions that invert.
 
-# English singular and plural; gender; kind (h human, a animal, t thing, p place); the prepositions
-# that suit it as a place; Romanian singular, with the article, plural, with the article.
+# English singular, plural; gender; kind (h human, a animal, t thing, p place); Romanian singular,
+# with the article, plural, with the article.
 _NOUNS = """
-teacher teachers m h - profesor profesorul profesori profesorii
-doctor doctors m h - doctor doctorul doctori doctorii
-student students m h - student studentul studenți studenții
-neighbour neighbours m h - vecin vecinul vecini vecinii
-child children m h - copil copilul copii copiii
-boy boys m h - băiat băiatul băieți băieții
-girl girls f h - fată fata fete fetele
-woman women f h - femeie femeia femei femeile
-cat cats f a - pisică pisica pisici pisicile
-dog dogs m a - câine câinele câini câinii
-horse horses m a - cal calul cai caii
-wolf wolves m a - lup lupul lupi lupii
-bird birds f a - pasăre pasărea păsări păsările
-book books f t - carte cartea cărți cărțile
-letter letters f t - scrisoare scrisoarea scrisori scrisorile
-key keys f t - cheie cheia chei cheile
-flower flowers f t - floare floarea flori florile
-shirt shirts f t - cămașă cămașa cămăși cămășile
-bag bags f t - geantă geanta genți gențile
-bicycle bicycles f t - bicicletă bicicleta biciclete bicicletele
-apple apples n t - măr mărul mere merele
-knife knives n t - cuțit cuțitul cuțite cuțitele
-shoe shoes m t - pantof pantoful pantofi pantofii
-coat coats n t - palton paltonul paltoane paltoanele
-phone phones n t - telefon telefonul telefoane telefoanele
-newspaper newspapers n t - ziar ziarul ziare ziarele
-table tables f t on,under,near masă masa mese mesele
-chair chairs n t on,under,near scaun scaunul scaune scaunele
-car cars f t in,under,near mașină mașina mașini mașinile
-boat boats f t in,near barcă barca bărci bărcile
-house houses f p in,near casă casa case casele
-garden gardens f p in,near grădină grădina grădini grădinile
-school schools f p at,near școală școala școli școlile
-hospital hospitals n p at,near spital spitalul spitale spitalele
-city cities n p in,near oraș orașul orașe orașele
-train trains n p in,near tren trenul trenuri trenurile
-bridge bridges n p on,under,near pod podul poduri podurile
+teacher teachers m h profesor profesorul profesori profesorii
+doctor doctors m h doctor doctorul doctori doctorii
+student students m h student studentul studenți studenții
+neighbour neighbours m h vecin vecinul vecini vecinii
+child children m h copil copilul copii copiii
+girl girls f h fată fata fete fetele
+nurse nurses f h asistentă asistenta asistente asistentele
+cat cats f a pisică pisica pisici pisicile
+dog dogs m a câine câinele câini câinii
+horse horses m a cal calul cai caii
+bird birds f a pasăre pasărea păsări păsările
+book books f t carte cartea cărți cărțile
+letter letters f t scrisoare scrisoarea scrisori scrisorile
+key keys f t cheie cheia chei cheile
+flower flowers f t floare floarea flori florile
+shirt shirts f t cămașă cămașa cămăși cămășile
+apple apples n t măr mărul mere merele
+knife knives n t cuțit cuțitul cuțite cuțitele
+shoe shoes m t pantof pantoful pantofi pantofii
+phone phones n t telefon telefonul telefoane telefoanele
+car cars f t mașină mașina mașini mașinile
+house houses f p casă casa case casele
+garden gardens f p grădină grădina grădini grădinile
+school schools f p școală școala școli școlile
+city cities n p oraș orașul orașe orașele
+train trains n p tren trenul trenuri trenurile
 """
 
 # English; the kinds it describes; Romanian masculine, feminine, and both plurals (neuter nouns are
@@ -1251,95 +1075,68 @@ old a bătrân bătrână bătrâni bătrâne
 old tp vechi veche vechi vechi
 tired ha obosit obosită obosiți obosite
 happy ha fericit fericită fericiți fericite
-hungry ha flămând flămândă flămânzi flămânde
-strong ha puternic puternică puternici puternice
 tall h înalt înaltă înalți înalte
 white atp alb albă albi albe
 black atp negru neagră negri negre
 red tp roșu roșie roșii roșii
-yellow tp galben galbenă galbeni galbene
-expensive t scump scumpă scumpi scumpe
 """
 
-# English base, third person and past ("_" is a space); the kinds of its object, "-" for none;
-# Romanian I, you, he, we, they; past participle; infinitive.
+# English base, third person, past ("_" is a space); the kinds of its object, "-" for a place; who
+# does it; Romanian I, you, he, we, they; past participle; infinitive.
 _VERBS = """
-see sees saw hatp văd vezi vede vedem văd văzut vedea
-find finds found hat găsesc găsești găsește găsim găsesc găsit găsi
-look_for looks_for looked_for hat caut cauți caută căutăm caută căutat căuta
-forget forgets forgot ht uit uiți uită uităm uită uitat uita
-hear hears heard ha aud auzi aude auzim aud auzit auzi
-love loves loved ha iubesc iubești iubește iubim iubesc iubit iubi
-help helps helped h ajut ajuți ajută ajutăm ajută ajutat ajuta
-wait_for waits_for waited_for h aștept aștepți așteaptă așteptăm așteaptă așteptat aștepta
-call calls called h chem chemi cheamă chemăm cheamă chemat chema
-meet meets met h întâlnesc întâlnești întâlnește întâlnim întâlnesc întâlnit întâlni
-visit visits visited hp vizitez vizitezi vizitează vizităm vizitează vizitat vizita
-buy buys bought at cumpăr cumperi cumpără cumpărăm cumpără cumpărat cumpăra
-sell sells sold at vând vinzi vinde vindem vând vândut vinde
-want wants wanted at vreau vrei vrea vrem vor vrut vrea
-lose loses lost t pierd pierzi pierde pierdem pierd pierdut pierde
-wash washes washed at spăl speli spală spălăm spală spălat spăla
-sleep sleeps slept - dorm dormi doarme dormim dorm dormit dormi
-eat eats ate - mănânc mănânci mănâncă mâncăm mănâncă mâncat mânca
-stay stays stayed - stau stai stă stăm stau stat sta
-run runs ran - alerg alergi aleargă alergăm aleargă alergat alerga
-sing sings sang - cânt cânți cântă cântăm cântă cântat cânta
-dance dances danced - dansez dansezi dansează dansăm dansează dansat dansa
+see sees saw hatp ha văd vezi vede vedem văd văzut vedea
+find finds found hat ha găsesc găsești găsește găsim găsesc găsit găsi
+look_for looks_for looked_for hat ha caut cauți caută căutăm caută căutat căuta
+hear hears heard ha ha aud auzi aude auzim aud auzit auzi
+love loves loved ha h iubesc iubești iubește iubim iubesc iubit iubi
+help helps helped h h ajut ajuți ajută ajutăm ajută ajutat ajuta
+wait_for waits_for waited_for h h aștept aștepți așteaptă așteptăm așteaptă așteptat aștepta
+call calls called h h chem chemi cheamă chemăm cheamă chemat chema
+buy buys bought at h cumpăr cumperi cumpără cumpărăm cumpără cumpărat cumpăra
+sell sells sold at h vând vinzi vinde vindem vând vândut vinde
+lose loses lost t h pierd pierzi pierde pierdem pierd pierdut pierde
+sleep sleeps slept - ha dorm dormi doarme dormim dorm dormit dormi
+eat eats ate - ha mănânc mănânci mănâncă mâncăm mănâncă mâncat mânca
+stay stays stayed - ha stau stai stă stăm stau stat sta
+sing sings sang - h cânt cânți cântă cântăm cântă cântat cânta
 """
-_ANIMALS_DO = ("sleep", "eat", "stay", "run", "see", "hear", "look_for", "find")
 
-
+_TENSES = ("present", "past", "future")
 _PERSONS = {"I": 0, "you": 1, "he": 2, "she": 2, "we": 3, "they": 4}
 _SUBJECTS = {"he": "el", "she": "ea", "they": "ei"}  # Romanian drops the others
 _OBJECTS = {"me": "mă", "you": "te", "him": "îl", "her": "o", "us": "ne", "them": "îi"}
-_REFLEXIVE = {"I": ("me", "us"), "we": ("me", "us"), "you": ("you",)}
+_OWN_OBJECTS = {"I": "me us", "you": "you", "we": "me us"}  # would be reflexive
 _SHORT = {"mă": "m-", "te": "te-", "îl": "l-", "ne": "ne-", "îi": "i-", "le": "le-"}
-_DATIVES = {  # subject of "to like": emphatic pronoun, long and short clitic
-    "I": ("", "îmi", "mi-"),
-    "you": ("", "îți", "ți-"),
-    "he": ("lui", "îi", "i-"),
-    "she": ("ei", "îi", "i-"),
-    "we": ("", "ne", "ne-"),
-    "they": ("lor", "le", "le-"),
-}
-_HAVE = ("am", "ai", "a", "am", "au")  # auxiliary of the past
-_WILL = ("voi", "vei", "va", "vom", "vor")
-_POSSESSIVES = {
+# Subject of "to like": emphatic pronoun, long and short clitic.
+_DATIVES = {"I": "_ îmi mi-", "you": "_ îți ți-", "he": "lui îi i-", "she": "ei îi i-"}
+_DATIVES |= {"we": "_ ne ne-", "they": "lor le le-"}
+_HAVE = ["am", "ai", "a", "am", "au"]  # auxiliary of the past
+_WILL = ["voi", "vei", "va", "vom", "vor"]
+_TO_BE = {"present": ("am are is are are", "sunt ești este suntem sunt")}
+_TO_BE |= {"past": ("was were was were were", "eram erai era eram erau")}
+_TO_BE |= {"future": ("will will will will will", "voi vei va vom vor")}
+# Masculine, feminine, and the plurals of both.
+_DETERMINERS = {
     "my": "meu mea mei mele",
     "your": "tău ta tăi tale",
     "his": "lui lui lui lui",
-    "her": "ei ei ei ei",
     "our": "nostru noastră noștri noastre",
-    "their": "lor lor lor lor",
+    "this": "acest această _ _",
+    "that": "acel acea _ _",
+    "these": "_ _ acești aceste",
+    "those": "_ _ acei acele",
+    "two": "_ _ doi două",
+    "five": "_ _ cinci cinci",
+    "twelve": "_ _ doisprezece douăsprezece",
+    "twenty": "_ _ douăzeci_de douăzeci_de",
+    "a hundred": "_ _ o_sută_de o_sută_de",
+    "many": "_ _ mulți multe",
 }
-_DEMONSTRATIVES = {"this": "acest această", "that": "acel acea"}
-_DEMONSTRATIVES |= {"these": "_ _ acești aceste", "those": "_ _ acei acele"}
-_QUANTITIES = {
-    "two": "doi două",
-    "three": "trei trei",
-    "five": "cinci cinci",
-    "ten": "zece zece",
-    "twelve": "doisprezece douăsprezece",
-    "twenty": "douăzeci_de douăzeci_de",
-    "twenty-two": "douăzeci_și_doi_de douăzeci_și_două_de",
-    "a hundred": "o_sută_de o_sută_de",
-    "many": "mulți multe",
-}
-_PREPOSITIONS = {"in": "în", "on": "pe", "under": "sub", "near": "lângă", "at": "la"}
-_TIMES = {
-    "present": (("now", "acum"), ("today", "azi"), ("every day", "în fiecare zi")),
-    "past": (("yesterday", "ieri"), ("last week", "săptămâna trecută")),
-    "future": (("tomorrow", "mâine"), ("next week", "săptămâna viitoare")),
-}
-_QUESTIONS = (("when", "când"), ("why", "de ce"), ("", ""), ("", ""))
-_WHO = {"en": "who", "ro": "cine", "person": 2, "kind": "h"}
-_LINKS = ((", but ", ", dar "), (" and ", " și "), (" because ", " pentru că "))
-_TO_BE = {
-    "present": ("am are is are are", "sunt ești este suntem sunt"),
-    "past": ("was were was were were", "eram erai era eram erau"),
-    "future": ("will will will will will", "voi vei va vom vor"),
-}
+_POSSESSIVE, _DEMONSTRATIVE = ("my", "your", "his", "our"), ("this", "that", "these", "those")
+
+
+def _join(*words: str) -> str:
+    return " ".join(word for word in words if word not in ("", "_")).replace("_", " ")
 
 
 class _Grammar:
@@ -1347,161 +1144,121 @@ class _Grammar:
 
     def __init__(self, seed: int):
         self.random = random.Random(seed)
-        self.nouns = [line.split() for line in _NOUNS.strip().splitlines()]
-        self.adjectives = [line.split() for line in _ADJECTIVES.strip().splitlines()]
-        self.verbs = [line.split() for line in _VERBS.strip().splitlines()]
+        tables = (_NOUNS, _ADJECTIVES, _VERBS)
+        self.nouns, self.adjectives, self.verbs = (
+            [line.split() for line in table.strip().splitlines()] for table in tables
+        )
 
-    def pick(self, options):
+    def pick(self, options: Iterable):
         return self.random.choice(list(options))
 
     def chance(self, probability: float) -> bool:
         return self.random.random() < probability
 
-    def denial(self, subject: dict) -> bool:
-        """Whether the sentence is negated: seldom, and never "every X does not"."""
-        return self.chance(0.25) and not subject["en"].startswith("every")
-
-    def noun_phrase(
-        self, kinds: str, determiners: str, noun: list[str] | None = None
-    ) -> dict:
-        """`determiners`: the, a(n), possessive, demonstrative, quantity, every, by initial."""
-        noun = noun or self.pick(n for n in self.nouns if n[3] in kinds)
-        if noun[0] == "woman":  # "my woman" means something else
-            determiners = determiners.replace("p", "")
-        kind = self.pick(determiners)
-        plural = kind == "q" or (kind in "tpd" and self.chance(0.35))
-        feminine = noun[2] == "f" or (noun[2] == "n" and plural)
-
-        def agree(forms: list[str]) -> str:
-            """Of masculine, feminine, and the plurals of both."""
-            return forms[2 * plural + feminine]
-
-        indefinite, definite = noun[5 + 2 * plural], noun[6 + 2 * plural]
-        adjective = None
-        if self.chance(0.45):
-            adjective = self.pick(a for a in self.adjectives if noun[3] in a[1])
-        en = [adjective[0]] if adjective else []
-        en.append(noun[plural])
-        tail = [agree(adjective[2:])] if adjective else []
-        if kind == "t":
-            en.insert(0, "the")
-            ro = [definite, *tail]
-        elif kind == "a":
-            en.insert(0, "an" if en[0][0] in "aeiou" else "a")
-            ro = ["o" if feminine else "un", indefinite, *tail]
-        elif kind == "e":
-            en.insert(0, "every")
-            ro = ["fiecare", indefinite, *tail]
-        elif kind == "p":
-            owner = self.pick(_POSSESSIVES)
-            en.insert(0, owner)
-            ro = [definite, agree(_POSSESSIVES[owner].split()), *tail]
-        elif kind == "d":
-            pointer = self.pick(("these", "those") if plural else ("this", "that"))
-            en.insert(0, pointer)
-            ro = [agree(_DEMONSTRATIVES[pointer].split()), indefinite, *tail]
+    def noun_phrase(self, kinds: str, determiners: tuple[str, ...] = ("the", "a", *_DETERMINERS)):
+        """A noun of one of the kinds, with a determiner and perhaps an adjective."""
+        word = self.pick(determiners)
+        forms = _DETERMINERS.get(word, "_ _ _ _").split()
+        plural = self.chance(0.35) if word == "the" or word in _POSSESSIVE else forms[0] == "_"
+        plural = plural and word != "a"
+        en, en_plural, gender, kind, *ro_forms = self.pick(n for n in self.nouns if n[3] in kinds)
+        form = 2 * plural + (gender == "f" or (gender == "n" and plural))
+        described = self.chance(0.45)
+        adjective = self.pick(a for a in self.adjectives if kind in a[1])
+        en_words = [adjective[0] if described else "", en_plural if plural else en]
+        ro_adjective = adjective[2 + form] if described else ""
+        indefinite, definite = ro_forms[2 * plural : 2 * plural + 2]
+        if word == "the":
+            ro = _join(definite, ro_adjective)
+        elif word == "a":
+            word = "an" if _join(*en_words)[0] in "aeiou" else "a"
+            ro = _join("o" if form else "un", indefinite, ro_adjective)
+        elif word in _POSSESSIVE:
+            ro = _join(definite, forms[form], ro_adjective)
         else:
-            quantity = self.pick(_QUANTITIES)
-            en.insert(0, quantity)
-            number = _QUANTITIES[quantity].split()[feminine].replace("_", " ")
-            ro = [number, indefinite, *tail]
+            ro = _join(forms[form], indefinite, ro_adjective)
         return {
-            "en": " ".join(en),
-            "ro": " ".join(ro),
+            "en": _join(word, *en_words),
+            "ro": ro,
             # A preposition drops the article of a noun that stands alone: "în grădină".
-            "governed": indefinite if kind == "t" and not adjective else " ".join(ro),
+            "governed": indefinite if word == "the" and not described else ro,
             "person": 4 if plural else 2,
-            "agree": agree,
-            "kind": noun[3],
-            "clitic": ("îl", "o", "îi", "le")[2 * plural + feminine],
-            "definite": kind in "tpd",
+            "form": form,
+            "kind": kind,
+            "clitic": ("îl", "o", "îi", "le")[form],
+            "definite": word == "the" or word in _POSSESSIVE + _DEMONSTRATIVE,
         }
 
     def place(self) -> tuple[str, str]:
-        noun = self.pick(n for n in self.nouns if n[4] != "-")
-        preposition = self.pick(noun[4].split(","))
-        phrase = self.noun_phrase("", "ttpd", noun)
-        ro = f"{_PREPOSITIONS[preposition]} {phrase['governed']}"
-        return f"{preposition} {phrase['en']}", ro
+        place = self.noun_phrase("p", ("the", "the", *_POSSESSIVE, "this", "that"))
+        en, ro = self.pick((("in", "în"), ("near", "lângă")))
+        return f"{en} {place['en']}", f"{ro} {place['governed']}"
 
-    def subject(self, kinds: str, pronouns=tuple(_PERSONS)) -> dict:
+    def subject(self, kinds: str, pronouns: Iterable[str] = _PERSONS) -> dict:
         if self.chance(0.5):
-            en = self.pick(pronouns)
-            # Masculine, feminine, masculine plural.
-            form = {"she": 1, "they": 2}.get(en, 0)
-            return {
-                "en": en,
-                "ro": _SUBJECTS.get(en, ""),
-                "person": _PERSONS[en],
-                "kind": "h",
-                "agree": lambda forms: forms[form],
-            }
-        return self.noun_phrase(kinds, "ttppdqea")
+            return self.noun_phrase(kinds)
+        en = self.pick(pronouns)
+        form = {"she": 1, "they": 2}.get(en, 0)
+        ro, person = _SUBJECTS.get(en, ""), _PERSONS[en]
+        return {"en": en, "ro": ro, "person": person, "form": form, "kind": "h"}
 
     def action(self, question: bool) -> tuple[str, str]:
-        """A subject, a verb in one of three tenses, an object or a place, perhaps a time."""
-        asks_who = question and self.chance(0.2)
-        subject = _WHO if asks_who else self.subject("hha")
-        question = question and not asks_who  # "who" asks in the order of a statement
-        verb = self.pick(
-            v for v in self.verbs if subject["kind"] == "h" or v[0] in _ANIMALS_DO
-        )
-        tense, negative = self.pick(_TIMES), self.denial(subject)
-        en_object, ro_object, clitic = "", "", ""
+        """A subject, a verb in one of three tenses, and an object or a place."""
+        subject = self.subject("hha")
+        verb = self.pick(v for v in self.verbs if subject["kind"] in v[4])
+        tense, negative, clitic = self.pick(_TENSES), self.chance(0.25), ""
         if verb[3] == "-":
             en_object, ro_object = self.place()
         elif "h" in verb[3] and self.chance(0.3):
-            own = _REFLEXIVE.get(subject["en"], ())
-            en_object = self.pick(o for o in _OBJECTS if o not in own)
+            own = _OWN_OBJECTS.get(subject["en"], "").split()
+            en_object, ro_object = self.pick(o for o in _OBJECTS if o not in own), ""
             clitic = _OBJECTS[en_object]
         else:
-            thing = self.noun_phrase(verb[3], "ttapdq")
+            thing = self.noun_phrase(verb[3])
             en_object, ro_object = thing["en"], thing["ro"]
             if thing["kind"] == "h" and thing["definite"]:
                 # A definite person is doubled by a clitic and marked with "pe".
                 ro_object, clitic = f"pe {thing['governed']}", thing["clitic"]
-        en_time, ro_time = self.pick(_TIMES[tense]) if self.chance(0.25) else ("", "")
-        en_rest, ro_rest = [en_object, en_time], [ro_object, ro_time]
-        ro_verb = _romanian(verb[4:], subject["person"], tense, negative, clitic)
-        # No "when ... not".
-        words = _QUESTIONS[1:] if negative or en_time else _QUESTIONS
-        en_word, ro_word = self.pick(words) if question else ("", "")
-        # A question word moves the subject behind the verb.
-        order = [ro_verb, subject["ro"]] if ro_word else [subject["ro"], ro_verb]
-        english = _english(subject, verb, tense, negative, question, en_rest)
-        return _join([en_word, english]), _join([ro_word, *order, *ro_rest])
+        person, (*present, participle, infinitive) = subject["person"], verb[5:]
+        ro_verb = {
+            "present": _join(clitic, present[person]),
+            "past": _SHORT.get(clitic, "") + f"{_HAVE[person]} {participle}",
+            "future": _join(clitic, _WILL[person], infinitive),
+        }[tense]
+        if tense == "past" and clitic == "o":  # the only clitic that follows the participle
+            ro_verb += "-o"
+        ro_verb = _join("nu" if negative else "", ro_verb)
+        why = question and not negative and self.chance(0.5)  # moves the subject behind the verb
+        ro = ("de ce", ro_verb, subject["ro"]) if why else (subject["ro"], ro_verb)
+        english = _english(subject, verb, tense, negative, question, en_object)
+        return _join("why" if why else "", english), _join(*ro, ro_object)
 
     def state(self, question: bool) -> tuple[str, str]:
         """To be something, or somewhere."""
-        if self.chance(0.5):
+        if self.chance(0.6):
             subject = self.subject("hatp", ("he", "she", "they"))
-            said = subject["en"].split()
-            adjectives = (a for a in self.adjectives if subject["kind"] in a[1])
-            adjective = self.pick(a for a in adjectives if a[0] not in said)
-            en_what, ro_what = adjective[0], subject["agree"](adjective[2:])
+            fitting = (a for a in self.adjectives if subject["kind"] in a[1])
+            adjective = self.pick(a for a in fitting if a[0] not in subject["en"].split())
+            en_what, ro_what = adjective[0], adjective[2 + subject["form"]]
         else:
             subject = self.subject("hat")
             en_what, ro_what = self.place()
-        tense, negative = self.pick(_TIMES), self.denial(subject)
-        en_forms, ro_forms = (forms.split() for forms in _TO_BE[tense])
-        en_verb, ro_verb = en_forms[subject["person"]], ro_forms[subject["person"]]
-        future = tense == "future"
-        en = [en_verb, subject["en"]] if question else [subject["en"], en_verb]
-        en += ["not" if negative else "", "be" if future else "", en_what]
-        ro = [
-            subject["ro"],
-            "nu" if negative else "",
-            ro_verb,
-            "fi" if future else "",
-            ro_what,
-        ]
-        return _join(en), _join(ro)
+        tense, negative = self.pick(_TENSES), "not" if self.chance(0.25) else ""
+        en_be, ro_be = (forms.split()[subject["person"]] for forms in _TO_BE[tense])
+        en = (en_be, subject["en"]) if question else (subject["en"], en_be)
+        be, fi = ("be", "fi") if tense == "future" else ("", "")
+        ro_negative = "nu" if negative else ""
+        return (
+            _join(*en, negative, be, en_what),
+            _join(subject["ro"], ro_negative, ro_be, fi, ro_what),
+        )
 
     def liking(self, question: bool) -> tuple[str, str]:
         """What is liked becomes the subject, and who likes it a dative: "Îmi place casa"."""
-        who, thing = self.pick(_DATIVES), self.noun_phrase("hatp", "tpd")
-        tense, negative = self.pick(_TIMES), self.chance(0.3)
-        emphatic, clitic, short = _DATIVES[who]
+        who = self.pick(_DATIVES)
+        thing = self.noun_phrase("hatp", ("the", "the", *_POSSESSIVE, *_DEMONSTRATIVE))
+        tense, negative = self.pick(_TENSES), self.chance(0.3)
+        emphatic, clitic, short = _DATIVES[who].split()
         plural = thing["person"] == 4
         ro_verb = {
             "present": f"{clitic} {'plac' if plural else 'place'}",
@@ -1509,60 +1266,28 @@ class _Grammar:
             "future": f"{clitic} {'vor' if plural else 'va'} plăcea",
         }[tense]
         subject, verb = {"en": who, "person": _PERSONS[who]}, ("like", "likes", "liked")
-        ro = [emphatic, "nu" if negative else "", ro_verb, thing["ro"]]
-        return _english(subject, verb, tense, negative, question, [thing["en"]]), _join(
-            ro
-        )
+        english = _english(subject, verb, tense, negative, question, thing["en"])
+        return english, _join(emphatic, "nu" if negative else "", ro_verb, thing["ro"])
 
     def sentence(self) -> tuple[str, str]:
         """One pair, with capitals and a final mark."""
-        makers = (self.action, self.action, self.action, self.state, self.liking)
         question = self.chance(0.25)
-        en, ro = self.pick(makers)(question)
-        if not question and self.chance(0.15):
-            (en_link, ro_link), (en_more, ro_more) = (
-                self.pick(_LINKS),
-                self.pick(makers)(False),
-            )
-            en, ro = en + en_link + en_more, ro + ro_link + ro_more
+        make = self.pick((self.action, self.action, self.action, self.state, self.liking))
+        en, ro = make(question)
         mark = "?" if question else "."
         return en[0].upper() + en[1:] + mark, ro[0].upper() + ro[1:] + mark
 
 
-def _join(words) -> str:
-    return " ".join(word for word in words if word)
-
-
-def _english(
-    subject, verb, tense: str, negative: bool, question: bool, rest: list[str]
-) -> str:
-    base, third, past = (form.replace("_", " ") for form in verb[:3])
+def _english(subject, verb, tense: str, negative: bool, question: bool, rest: str) -> str:
+    base, third, past = verb[:3]
     singular = subject["person"] == 2
-    helper = {"present": "does" if singular else "do", "past": "did", "future": "will"}[
-        tense
-    ]
-    finite = {"present": third if singular else base, "past": past}.get(tense)
+    helper = {"past": "did", "future": "will"}.get(tense, "does" if singular else "do")
     if question:
-        words = [helper, subject["en"], "not" if negative else "", base]
-    elif negative or not finite:
-        words = [subject["en"], helper, "not" if negative else "", base]
-    else:
-        words = [subject["en"], finite]
-    return _join(words + rest)
-
-
-def _romanian(
-    forms: list[str], person: int, tense: str, negative: bool, clitic: str
-) -> str:
-    """The verb with its negation, auxiliary and object clitic, in their order."""
-    no, *present, participle, infinitive = ["nu" if negative else "", *forms]
-    if tense == "present":
-        return _join([no, clitic, present[person]])
-    if tense == "future":
-        return _join([no, clitic, _WILL[person], infinitive])
-    if clitic == "o":  # the only clitic that follows the participle
-        return _join([no, _HAVE[person], f"{participle}-o"])
-    return _join([no, _SHORT.get(clitic, "") + _HAVE[person], participle])
+        return _join(helper, subject["en"], "not" if negative else "", base, rest)
+    if negative or tense == "future":
+        return _join(subject["en"], helper, "not" if negative else "", base, rest)
+    finite = past if tense == "past" else third if singular else base
+    return _join(subject["en"], finite, rest)
 
 
 def phrasebook(count: int = 50_000, seed: int = 0) -> Iterator[tuple[str, str]]:

@@ -1,16 +1,16 @@
 """Positional information for a Transformer: sinusoidal, learned, rotary, none.
 
-Copy this file next to `seq2seq.py` (or use it alone): it needs torch and nothing else.
+Copy this file next to `seq2seq.py`, or use it alone: it needs torch and nothing else.
 
-Every kind is a module with the same two hooks, and each hook is the identity where a kind has no
-use for it. Both take the position of the first token (`offset`), which is what lets a decoder with
-a key/value cache hand in one token at a time:
+Every kind is a module with the same two hooks, and a hook returns its input where a kind has no
+use for it. Both take the position of the first token (`offset`), so that a decoder with a
+key/value cache can pass one token at a time:
 
     embed(x, offset)    added to token embeddings     x [B, T, D]     -> [B, T, D]
     rotate(x, offset)   applied to queries and keys   x [B, H, T, Dh] -> [B, H, T, Dh]
 
 `POSITIONAL_KINDS` maps the name of a kind to its class. Computed tables are buffers, never
-Parameters: they follow from their shape, must not be trained, and grow with longer sequences.
+parameters: they are not trained, not saved, and grow when a longer sequence comes.
 """
 
 import torch
@@ -23,17 +23,15 @@ def sinusoidal_positional_encoding(max_length: int, d_model: int) -> Tensor:
         table[pos, 2i]     = sin(pos / 10000^(2i / d_model))
         table[pos, 2i + 1] = cos(pos / 10000^(2i / d_model))
 
-    An odd `d_model` ends on a sine. Computed in float64, since float32 angles lose digits at
+    An odd `d_model` ends on a sine. Computed in float64, because float32 angles lose digits at
     late positions.
 
     Returns: [max_length, d_model] float32. Raises ValueError for a size below 1.
     """
     if max_length < 1 or d_model < 1:
-        raise ValueError(
-            f"need max_length >= 1 and d_model >= 1, got {max_length} and {d_model}"
-        )
-    table = torch.empty(max_length, d_model, dtype=torch.float64)
+        raise ValueError(f"need max_length >= 1 and d_model >= 1, got {max_length} and {d_model}")
     angles = _angles(max_length, d_model)  # [max_length, ceil(d_model / 2)]
+    table = torch.empty(max_length, d_model, dtype=torch.float64)
     table[:, 0::2] = angles.sin()
     table[:, 1::2] = angles[:, : d_model // 2].cos()
     return table.float()
@@ -47,9 +45,9 @@ def _angles(max_length: int, width: int) -> Tensor:
 
 
 class NoPositionalEncoding(nn.Module):
-    """No positions at all, and the interface that the other kinds fill in.
+    """No positions, and the interface that the other kinds implement.
 
-    Without positions an encoder reads a bag of words; the decoder still knows order, from its
+    An encoder without positions reads a bag of words. The decoder still knows the order, from its
     causal mask.
 
     Args: max_length: positions to prepare for. d_model: width D. head_dim: width Dh of one head.
@@ -68,83 +66,62 @@ class NoPositionalEncoding(nn.Module):
 
 
 class _TablePositionalEncoding(NoPositionalEncoding):
-    """A kind whose table is computed, not trained. Subclasses say how in `make_table`."""
+    """A kind whose table is computed. Subclasses implement `make_table`."""
 
     def __init__(self, max_length: int, d_model: int, head_dim: int):
         super().__init__(max_length, d_model, head_dim)
-        # Persistent although it could be recomputed: exporters that drop weights (Modlee's graph
-        # export) write a persistent buffer as a name, any other one number by number.
-        self.register_buffer("table", self.make_table(max_length, d_model, head_dim))
-        self.max_length, self.d_model, self.head_dim = max_length, d_model, head_dim
+        self.d_model, self.head_dim = d_model, head_dim
+        self.register_buffer("table", self.make_table(max_length), persistent=False)
 
-    def make_table(self, max_length: int, d_model: int, head_dim: int) -> Tensor:
+    def make_table(self, length: int) -> Tensor:
+        """[length, D or Dh] float32."""
         raise NotImplementedError
 
-    def rows(self, offset: int, length: int) -> Tensor:
-        """Rows offset .. offset + length - 1 of the table, which grows to hold them."""
-        if offset + length > self.table.size(0):
-            # A table born inside inference_mode could not be used in training afterwards.
+    def rows(self, x: Tensor, offset: int) -> Tensor:
+        """The rows of the table for x [..., T, C] at positions offset .. offset + T - 1."""
+        end, length = offset + x.size(-2), len(self.table)
+        # The device differs where the model was built on "meta", to load weights into it.
+        if end > length or self.table.device != x.device:
+            longer = length if end <= length else max(end, 2 * length)
+            # A table made in inference mode could not be used in training afterwards.
             with torch.inference_mode(False):
-                longer = max(offset + length, 2 * self.table.size(0))
-                self.table = self.make_table(longer, self.d_model, self.head_dim).to(
-                    self.table
-                )
-        return self.table[offset : offset + length]
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
-        # As long as it was born: what is saved must not depend on the longest sentence ever seen.
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.table.size(0) > self.max_length:
-            destination[prefix + "table"] = self.table[: self.max_length].clone()
-
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        # The table follows from its shape, so a checkpoint never overrules it: one of a model
-        # with another `max_length` loads too.
-        if self.table.is_meta:  # built without storage, to take over loaded weights
-            rows, device = len(self.table), state_dict[prefix + "table"].device
-            table = self.make_table(rows, self.d_model, self.head_dim).to(device)
-            self.table = table
-        state_dict[prefix + "table"] = self.table
-        super()._load_from_state_dict(state_dict, prefix, *args)
+                self.table = self.make_table(longer).to(x.device, self.table.dtype)
+        return self.table[offset:end]
 
 
 class SinusoidalPositionalEncoding(_TablePositionalEncoding):
     """Adds `sinusoidal_positional_encoding`; defined for every length."""
 
-    def make_table(self, max_length: int, d_model: int, head_dim: int) -> Tensor:
-        return sinusoidal_positional_encoding(max_length, d_model)
+    def make_table(self, length: int) -> Tensor:
+        return sinusoidal_positional_encoding(length, self.d_model)
 
     def embed(self, x: Tensor, offset: int = 0) -> Tensor:
-        return x + self.rows(offset, x.size(1)).to(x.dtype)
+        return x + self.rows(x, offset).to(x.dtype)
 
 
 class RotaryPositionalEncoding(_TablePositionalEncoding):
-    """Rotates queries and keys, so that their product sees relative positions only.
+    """Rotates queries and keys, so that their product depends on relative positions only.
 
     RoFormer (Su et al. 2021, section 3.2.2). Channel i is paired with channel i + Dh / 2, the
     layout of GPT-NeoX and Llama. Real-valued, because complex numbers do not export to ONNX.
-    Defined for every length. Raises ValueError where `head_dim` is odd.
+    Defined for every length. Raises ValueError for an odd `head_dim`.
     """
 
-    def make_table(self, max_length: int, d_model: int, head_dim: int) -> Tensor:
-        if head_dim % 2:
-            raise ValueError(
-                f"rotary positions need an even head width, got {head_dim}"
-            )
-        angles = _angles(max_length, head_dim)  # [max_length, Dh / 2]
-        table = torch.cat([angles.cos(), angles.sin()], dim=1)  # [max_length, Dh]
-        return table.float()
+    def make_table(self, length: int) -> Tensor:
+        if self.head_dim % 2:
+            raise ValueError(f"rotary positions need an even head width, got {self.head_dim}")
+        angles = _angles(length, self.head_dim)  # [length, Dh / 2]
+        return torch.cat([angles.cos(), angles.sin()], dim=1).float()  # [length, Dh]
 
     def rotate(self, x: Tensor, offset: int = 0) -> Tensor:
-        cos, sin = self.rows(offset, x.size(2)).chunk(2, dim=1)  # 2 x [T, Dh / 2]
+        cos, sin = self.rows(x, offset).chunk(2, dim=1)  # 2 x [T, Dh / 2]
         first, second = x.chunk(2, dim=-1)  # 2 x [B, H, T, Dh / 2]
-        halves = [first * cos - second * sin, second * cos + first * sin]
-        # The table's float32 has decided the precision until here.
-        return torch.cat(halves, dim=-1).to(x.dtype)
+        rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+        return rotated.to(x.dtype)  # 16-bit inputs are rotated in the table's float32
 
 
 class LearnedPositionalEncoding(NoPositionalEncoding):
-    """Adds one trained vector per position (BERT, GPT-2). Ends at `max_length`: ValueError past it."""
+    """Adds one trained vector per position (BERT, GPT-2). ValueError past `max_length`."""
 
     def __init__(self, max_length: int, d_model: int, head_dim: int):
         super().__init__(max_length, d_model, head_dim)

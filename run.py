@@ -9,8 +9,8 @@
     python run.py --devices 2                        on two devices; or by torchrun
     python run.py translate --model DIR              lines on stdin -> lines on stdout
     python run.py evaluate --model DIR --dataset pairs.tsv
-    python run.py split OUT --dataset pairs.tsv      the same train, validation and test for all
-    python run.py export --model DIR --to hf OUT     the same model for transformers and CTranslate2
+    python run.py export --model DIR --to ctranslate2 OUT    the same model for a fast engine
+    python run.py export --model DIR --to hf OUT     or for transformers
     python run.py bench                              what Lightning and Modlee cost per step
     python run.py bench decode --model DIR           decoding speed beside theirs
 
@@ -42,6 +42,7 @@ import multiprocessing
 import pickle
 import platform
 import random
+import re
 import shlex
 import shutil
 import ssl
@@ -52,7 +53,6 @@ import traceback
 import typing
 import warnings
 import zipfile
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import MISSING, dataclass, field
 from datetime import datetime
@@ -122,21 +122,22 @@ class TrainConfig:
     )
     subset: str | None = option(None, "subset of a hub data set, such as ro-en")
     split: str = option("train", "split of a hub data set, such as train[:80%%]")
-    source_lang: str = option("en", "language (and column) of the source")
-    target_lang: str = option("ro", "language (and column) of the target")
-    num_samples: int | None = option(None, "pairs to take after cleaning; default: all")
-    validation_size: float = option(
-        0.02, "source sentences held out: a share, or how many"
+    columns: tuple[str, str] | None = option(
+        None, "source and target, by name or number, where names do not tell", nargs=2
     )
+    source_lang: str = option("en", "language of the source, in any spelling")
+    target_lang: str = option("ro", "language of the target")
+    num_samples: int | None = option(None, "pairs to take after cleaning; default: all")
+    validation_size: float = option(0.02, "source sentences held out: a share, or how many")
     validation_set: tuple[str, ...] | None = option(
         None, "instead: data files, or a split of the hub data set"
     )
-    test_set: tuple[str, ...] | None = option(
-        None, "to score the model on, likewise; default: the validation pairs"
+    test_size: float = option(
+        0.0, "held out likewise, to score the model on; 0: the validation pairs"
     )
+    test_set: tuple[str, ...] | None = option(None, "instead, as --validation-set")
     tokenizer: str = option("train:800", "hub name, folder, or train:N to learn one")
     max_length: int = option(64, "tokens per sentence; longer pairs are dropped")
-    cache: str = option("runs/cache", "where prepared data is kept; none: nowhere")
 
     d_model: int = option(128, "model width")
     nhead: int = option(4, "attention heads")
@@ -149,9 +150,7 @@ class TrainConfig:
     tie_embeddings: bool = option(True, "one matrix for source, target and output")
 
     compile: bool = option(False, "torch.compile the model; for --loop raw")
-    loop: str = option(
-        "lightning", "who drives the training", choices=("lightning", "raw")
-    )
+    loop: str = option("lightning", "who drives the training", choices=("lightning", "raw"))
     devices: int = option(1, "processes that train together, each on a device")
     strategy: str = option(
         "ddp",
@@ -172,9 +171,7 @@ class TrainConfig:
     )
     warmup: float = option(0.1, "share of the steps in which the learning rate rises")
     clip_norm: float = option(1.0, "largest gradient norm; 0 for no clipping")
-    label_smoothing: float = option(
-        0.0, "share of probability spread over the vocabulary"
-    )
+    label_smoothing: float = option(0.0, "share of probability spread over the vocabulary")
     average: float = option(
         0.0, "weights are averaged over about this share of the steps; 0: they are not"
     )
@@ -191,19 +188,13 @@ class TrainConfig:
     seed: int = option(0, "of weights, split, order and dropout")
     modlee: bool = option(True, "record the run with Modlee, where it is installed")
     push: bool = option(False, "upload what Modlee recorded; needs MODLEE_API_KEY")
-    mlruns: str = option(
-        "runs/mlruns", "where Modlee's and MLflow's records go; none: nowhere"
-    )
+    mlruns: str = option("runs/mlruns", "where Modlee's and MLflow's records go; none: nowhere")
     tensorboard: str | None = option(None, "folder for curves in TensorBoard's format")
-    output: str | None = option(
-        None, "model folder to create; default: a fresh one under runs/"
-    )
+    output: str | None = option(None, "model folder to create; default: a fresh one under runs/")
     checkpoint_every: str = option(
         "10m", "steps, or minutes as in 10m, between checkpoints; 0 for none"
     )
-    resume: str | None = option(
-        None, "continue the run that left this folder of checkpoints"
-    )
+    resume: str | None = option(None, "continue the run that left this folder of checkpoints")
     resume_anyway: bool = option(False, "resume with settings that differ")
     on_oom: str = option(
         "stop",
@@ -219,9 +210,11 @@ class TrainConfig:
             raise ValueError("--output needs a name")
         if self.max_length > 65_536:
             raise ValueError("--max-length must not be above 65536")
-        if self.validation_size >= 1 and self.validation_size % 1:
-            raise ValueError("--validation-size: a share below 1 or a whole number")
-        sizes = ("validation_size", "learning_rate", "clip_norm", "seed", "bleu_pairs")
+        for name in ("validation_size", "test_size"):
+            if getattr(self, name) >= 1 and getattr(self, name) % 1:
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{flag}: a share below 1 or a whole number")
+        sizes = ("validation_size", "test_size", "learning_rate", "clip_norm", "seed", "bleu_pairs")
         check_sizes(self, *sizes)
         for name in ("warmup", "label_smoothing", "average"):
             if not 0 <= getattr(self, name) < 1:
@@ -307,9 +300,7 @@ class DecodeOptions:
     length_penalty: float = option(
         1.0, "exponent of the length by which a hypothesis' sum is divided"
     )
-    batch_tokens: int = option(
-        2048, "source tokens decoded together, pads and hypotheses counted"
-    )
+    batch_tokens: int = option(2048, "source tokens decoded together, pads and hypotheses counted")
     precision: str = option(
         "fp32",
         "bf16 halves the memory; on a CPU it can also be slower",
@@ -374,15 +365,16 @@ class EvaluateConfig(DecodeOptions):
     """Translate the source side of a data set and score it against the target side."""
 
     model: str = option(help="model folder", required=True)
-    dataset: tuple[str, ...] = option(help="data files, or a hub name", required=True)
+    dataset: tuple[str, ...] | None = option(
+        None, "data files, or a hub name; default: what the training held out for the test"
+    )
     subset: str | None = option(None, "subset of a hub data set")
     split: str = option("test", "split of a hub data set")
-    num_samples: int | None = option(
-        None, "first pairs to score; default: all with two sides"
+    columns: tuple[str, str] | None = option(
+        None, "source and target, by name or number, where names do not tell", nargs=2
     )
-    against: str | None = option(
-        None, "another model folder: is the difference more than chance?"
-    )
+    num_samples: int | None = option(None, "first pairs to score; default: all with two sides")
+    against: str | None = option(None, "another model folder: is the difference more than chance?")
     sentences: str | None = option(
         None, "write every sentence with its chrF to this .tsv, the worst first"
     )
@@ -394,43 +386,33 @@ class EvaluateConfig(DecodeOptions):
 
 
 @dataclass(frozen=True)
-class SplitConfig:
-    """Write train.tsv, validation.tsv and test.tsv; no source sentence stands in two of them."""
-
-    output: str = option(help="folder to create", flag=False)
-    dataset: tuple[str, ...] = option(help="data files, or a hub name", required=True)
-    subset: str | None = option(None, "subset of a hub data set")
-    split: str = option("train", "split of a hub data set")
-    source_lang: str = option("en", "language (and column) of the source")
-    target_lang: str = option("ro", "language (and column) of the target")
-    validation: int = option(1000, "pairs in validation.tsv")
-    test: int = option(1000, "pairs in test.tsv")
-    seed: int = option(0, "of the choice")
-
-    def __post_init__(self) -> None:
-        check_counts(self, "validation", "test")
-        check_sizes(self, "seed")
-
-
-@dataclass(frozen=True)
 class ExportConfig:
     """Write the model in the format of another library."""
 
     output: str = option(help="folder to create", flag=False)
     model: str = option(help="model folder", required=True)
-    to: str = option("hf", "hf: a folder for transformers", choices=("hf",))
+    to: str = option(
+        "hf",
+        "hf: a folder for transformers; ctranslate2: one that translate and evaluate run faster",
+        choices=("hf", "ctranslate2"),
+    )
+    quantization: str | None = option(
+        None,
+        "of --to ctranslate2: smaller and faster weights; default: float32",
+        choices=("int8", "int8_float16", "int16", "float16", "bfloat16"),
+    )
+
+    def __post_init__(self) -> None:
+        if self.quantization and self.to != "ctranslate2":
+            raise ValueError("--quantization is of --to ctranslate2")
 
 
 @dataclass(frozen=True)
 class BenchDecodeConfig:
     """Decoding speed: this program, transformers' generate and CTranslate2, same weights."""
 
-    model: str | None = option(
-        None, "model folder; without it, random weights of --size"
-    )
-    size: str = option(
-        "demo", "of random weights, which never end", choices=("demo", "tutorial")
-    )
+    model: str | None = option(None, "model folder; without it, random weights of --size")
+    size: str = option("demo", "of random weights, which never end", choices=("demo", "tutorial"))
     text: str | None = option(
         None, "file of source sentences for --model; default: the phrasebook's"
     )
@@ -453,9 +435,7 @@ class BenchConfig:
     """What Lightning and Modlee cost per training step, beside the raw loop."""
 
     quick: bool = option(False, "five arms, one size, a few rounds")
-    turns: int | None = option(
-        None, "of 20 timed steps for each arm; default: 12, with --quick 4"
-    )
+    turns: int | None = option(None, "of 20 timed steps for each arm; default: 12, with --quick 4")
     device: str = device_option()
     precision: str = precision_option("fp32", "bf16", "fp16")
     picture: str = option("results/bench.png", "where the picture goes")
@@ -476,14 +456,10 @@ class BenchTrainConfig:
     peers: bool = option(
         False, "compare with nn.Transformer, Marian, x-transformers and the tutorial"
     )
-    dataset: tuple[str, ...] = option(
-        ("phrasebook",), "what to train on, as for training"
-    )
+    dataset: tuple[str, ...] = option(("phrasebook",), "what to train on, as for training")
     tokenizer: str = option("t5-small", "hub name, folder, or train:N")
     max_length: int = option(128, "tokens per sentence; longer pairs are dropped")
-    size: str = option(
-        "tutorial", "of the model", choices=("demo", "wide", "tutorial", "widest")
-    )
+    size: str = option("tutorial", "of the model", choices=("demo", "wide", "tutorial", "widest"))
     batch_tokens: int | None = option(
         None, "pairs x longest sentence in a batch; default: 2048, on a GPU 25000"
     )
@@ -505,7 +481,6 @@ CONFIGS = {
     "train": TrainConfig,
     "translate": TranslateConfig,
     "evaluate": EvaluateConfig,
-    "split": SplitConfig,
     "export": ExportConfig,
     "bench": BenchConfig,
     "bench decode": BenchDecodeConfig,
@@ -573,9 +548,7 @@ def parse_command_line(arguments: list[str]):
     }
     try:
         if given.get("resume") is None:
-            settings = (
-                PRESETS[given.get("preset", "demo")] if command == "train" else {}
-            )
+            settings = PRESETS[given.get("preset", "demo")] if command == "train" else {}
         else:
             settings = resumed_settings(given)
         return command, config_class(**(settings | given))
@@ -593,12 +566,16 @@ MAY_CHANGE = {
     "modlee",
     "push",
     "mlruns",
-    "cache",
     "on_oom",
     "tensorboard",
     "bleu_pairs",
     "beam",
 }
+
+
+def is_engine(folder: str | None) -> bool:
+    """Whether it is a folder that was exported for CTranslate2."""
+    return folder is not None and (Path(folder).expanduser() / "model.bin").is_file()
 
 
 def resumed_settings(given: dict) -> dict:
@@ -610,7 +587,7 @@ def resumed_settings(given: dict) -> dict:
         raise ValueError(f"--resume: no checkpoints in {given['resume']}") from None
     if settings.keys() != {entry.name for entry in dataclasses.fields(TrainConfig)}:
         raise ValueError(f"--resume: {path} is of another version of this program")
-    for name in ("dataset", "validation_set", "test_set"):
+    for name in ("dataset", "columns", "validation_set", "test_set"):
         settings[name] = settings[name] and tuple(settings[name])
     differ = [
         f"--{name.replace('_', '-')} (was {settings[name]})"
@@ -628,6 +605,10 @@ def resumed_settings(given: dict) -> dict:
 # `--help` and typing errors answer above this line, before torch takes seconds to load.
 if __name__ == "__main__":
     COMMAND, CONFIG = parse_command_line(sys.argv[1:])
+    # CTranslate2 shares torch's OpenMP, whose threads must not fall asleep between its operations;
+    # read when it is loaded.
+    if is_engine(getattr(CONFIG, "model", None)):
+        os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE")
 
 # Memory in large pages, which torch asks Linux for if told so before it starts. A training step on
 # a CPU takes a few per cent less; new memory, page by page, costs more than many an operation on it.
@@ -644,6 +625,7 @@ from tqdm import tqdm
 
 import data
 from data import InputError
+from positional import sinusoidal_positional_encoding
 from seq2seq import (
     VOCAB_MULTIPLE,
     Hypothesis,
@@ -651,7 +633,6 @@ from seq2seq import (
     TransformerSeq2SeqModel,
     beam_search,
     count_flops,
-    count_step_weights,
     cross_attention_weights,
     greedy_decode,
     sample_decode,
@@ -845,6 +826,7 @@ class Progress:
         keep_best: writes {"weights", "best"} whenever no weights were better. watch: called after
         each validation."""
         self.overflows, self._save, self._every = overflows, save, every
+        self.places: list[str] = []  # where the training pairs were read
         self.on_oom, self.left_out = on_oom, 0
         self._average: WeightAverage | None = None
         self._keep_best, self._watch = keep_best, watch
@@ -907,9 +889,7 @@ class Progress:
     def _reach(self, sampler, index: int) -> None:
         self.epoch, self.batch, self._batches = sampler.epoch, index + 1, len(sampler)
 
-    def leave_out(
-        self, error: RuntimeError, model: nn.Module, batch, sampler, index: int
-    ) -> None:
+    def leave_out(self, error: RuntimeError, model: nn.Module, batch, sampler, index: int) -> None:
         """Batch number `index` has failed. Where memory was the reason, and such batches may be
         skipped, what its window has gathered so far is dropped; else this raises."""
         if not is_out_of_memory(error):
@@ -971,7 +951,7 @@ class Progress:
                 self.sums = [self.sums[0] + value, self.sums[1] + tokens]
             elif not self.overflows:
                 what = f"the loss of step {step} is {value}"
-                raise self._diverged(f"{what}; {describe_rows(rows)}")
+                raise self._diverged(f"{what}; {describe_rows(rows, self.places)}")
         self._pending.clear()
 
     def _diverged(self, what: str) -> Failed:
@@ -1128,9 +1108,9 @@ class WeightAverage:
             average.copy_(saved)
 
 
-def describe_rows(rows: np.ndarray) -> str:
-    listed = ", ".join(map(str, sorted(rows.tolist())))
-    return f"its batch holds the training rows {listed}"
+def describe_rows(rows: np.ndarray, places: list[str]) -> str:
+    listed = ", ".join(places[row] if places else str(row) for row in sorted(rows.tolist()))
+    return f"its batch holds {listed}"
 
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -1183,9 +1163,7 @@ def train_raw(
         model.train()
         first, silent = progress.batch, sampler.rank > 0
         title = f"epoch {epoch + 1}/{config.max_epochs}"
-        bar = tqdm(
-            desc=title, unit="batch", total=batches, initial=first, disable=silent
-        )
+        bar = tqdm(desc=title, unit="batch", total=batches, initial=first, disable=silent)
         for index, batch in enumerate(prefetch(train_loader, device), first):
             ends_window = (index + 1) % accumulate == 0 or index + 1 == batches
             if index % accumulate == 0:
@@ -1253,9 +1231,7 @@ def compile_model(model: nn.Module) -> bool:
             raise RuntimeError("torch 2.5 or newer would be needed")
         torch.compile(torch.sin)(torch.ones(2, device=device))
     except RuntimeError as error:  # all of torch's complaints about a missing compiler
-        print(
-            f"note: --compile is left out: {data.in_one_line(error)}", file=sys.stderr
-        )
+        print(f"note: --compile is left out: {data.one_line(error)}", file=sys.stderr)
         return False
     # Layer by layer: all layers of a kind share one graph, and what depends on how many pads a batch
     # has stays outside.
@@ -1326,9 +1302,7 @@ def adapter_class(base: type) -> type:
                 from torch.distributed.fsdp.wrap import wrap
 
                 # By hand, because Lightning would look for a GPU.
-                self.model = wrap(
-                    self.model, device_id=self.trainer.strategy.root_device
-                )
+                self.model = wrap(self.model, device_id=self.trainer.strategy.root_device)
 
         def configure_optimizers(self):
             config = self.run_config
@@ -1441,9 +1415,7 @@ class Sharded:
         self._api, self._root, self._names = state_dict, root, names
         self._optimizer = optimizer
         on_cpu = next(root.parameters()).device.type == "cpu"  # torch would crash there
-        self._options = state_dict.StateDictOptions(
-            full_state_dict=True, cpu_offload=not on_cpu
-        )
+        self._options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=not on_cpu)
 
     @property
     def state(self) -> dict:
@@ -1626,9 +1598,7 @@ def modlee_base() -> type:
     for name in ("TextTexttotextModleeModel", "TextTextToTextModleeModel"):
         if hasattr(model, name):
             return getattr(model, name)
-    raise InputError(
-        "this Modlee has no text-to-text model; install modlee==0.0.5 or --no-modlee"
-    )
+    raise InputError("this Modlee has no text-to-text model; install modlee==0.0.5 or --no-modlee")
 
 
 def snapshot(module: nn.Module) -> Callable[[], None]:
@@ -1640,9 +1610,7 @@ def snapshot(module: nn.Module) -> Callable[[], None]:
     print_options = copy.copy(vars(printing))
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    trainable = [
-        (parameter, parameter.requires_grad) for parameter in module.parameters()
-    ]
+    trainable = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
     modes = [(child, child.training) for child in module.modules()]
 
     def restore() -> None:
@@ -1669,9 +1637,7 @@ def small_converter(modlee) -> object:
             # It would leave .tmp_model.onnx in the working directory.
             with tempfile.TemporaryDirectory() as folder:
                 path = os.path.join(folder, "model.onnx")
-                return super().torch_model2onnx_graph(
-                    torch_model, input_dummy, path, **kwargs
-                )
+                return super().torch_model2onnx_graph(torch_model, input_dummy, path, **kwargs)
 
         torch2onnx = torch_model2onnx_graph
 
@@ -1843,9 +1809,7 @@ def modlee_tokenizer(own):
         if not only_cached and not data.hub_reachable():
             break
         with contextlib.suppress(OSError):
-            tokenizer = GPT2Tokenizer.from_pretrained(
-                "gpt2", local_files_only=only_cached
-            )
+            tokenizer = GPT2Tokenizer.from_pretrained("gpt2", local_files_only=only_cached)
             tokenizer.pad_token = tokenizer.eos_token
             return tokenizer
     return own
@@ -1936,9 +1900,7 @@ def checkpoint_folder(config: TrainConfig) -> Path:
         return Path(config.resume).expanduser()
     folder = Path(f"{config.output}.checkpoints")
     if any(folder.glob("step-*.pt")):
-        raise InputError(
-            f"{folder} is of an unfinished run: give --resume {folder}, or delete it"
-        )
+        raise InputError(f"{folder} is of an unfinished run: give --resume {folder}, or delete it")
     return folder
 
 
@@ -1975,7 +1937,7 @@ def failing_in_one_line(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:  # RuntimeError: torch's writer
-        reason = data.in_one_line(error)
+        reason = data.one_line(error)
         last = max(path.parent.glob("step-*.pt"), default=None)
         then = f"{last} is intact: make room, then --resume {path.parent}"
         then = then if last else "there is none before it"
@@ -1997,7 +1959,7 @@ def read_state(path: Path) -> dict | None:
         pickle.PickleError,
         zipfile.BadZipFile,
     ) as error:
-        reason = data.in_one_line(error)
+        reason = data.one_line(error)
         print(f"note: {path} cannot be read ({reason})", file=sys.stderr)
         return None
 
@@ -2020,9 +1982,10 @@ def save_model(
     metrics: dict,
     progress: Progress,
     best: dict | None = None,
+    parts: dict[str, list] | None = None,
 ) -> None:
     """Write a model folder, and leave `best`, the weights in it, in the model. None: those that it
-    has; otherwise these are kept beside them, as last.safetensors."""
+    has; otherwise these are kept beside them, as last.safetensors. parts: name -> pairs held out."""
     from safetensors.torch import save_model as save_weights
 
     content = {
@@ -2041,6 +2004,10 @@ def save_model(
         save_weights(model, str(temporary / "model.safetensors"))
         write_json(temporary / "config.json", content)
         write_json(temporary / "metrics.json", metrics)
+        for name, pairs in (parts or {}).items():
+            lines = [(config.source_lang, config.target_lang), *(pair[:2] for pair in pairs)]
+            text = "".join(f"{source}\t{target}\n" for source, target in lines)
+            (temporary / f"{name}.tsv").write_text(text, encoding="utf-8")
         draw_curves(temporary / "loss.png", progress)
 
     write_folder(folder, fill)
@@ -2055,16 +2022,24 @@ def load_model(folder: str, device: torch.device):
     from safetensors.torch import load_file
 
     path = Path(folder).expanduser()
+    engine = is_engine(folder)
     try:
-        content = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        file = path / (ENGINE_FILE if engine else "config.json")
+        content = json.loads(file.read_text(encoding="utf-8"))
+        languages = content["source_lang"], content["target_lang"]
+        if engine:
+            tokenizer = data.load_tokenizer(str(path))
+            model_config = Seq2SeqConfig(**content["model"])
+            tokens = tokenizer.convert_ids_to_tokens(range(model_config.vocab_size))
+            return Engine(path, model_config, tokens, device.type), tokenizer, languages
         with torch.device("meta"):
             model = TransformerSeq2SeqModel(**content["model"])
         weights = load_file(path / "model.safetensors", device=str(device))
+        weights.pop("positions.table", None)  # in folders of before it was computed
         if model.config.tie_embeddings:  # stored once
             weights["output.weight"] = weights["embedding.weight"]
         model.load_state_dict(weights, assign=True)
         model.tie_embeddings()
-        languages = content["source_lang"], content["target_lang"]
     except FileNotFoundError as error:
         missing = Path(error.filename or path / "model.safetensors").name
         raise InputError(f"{folder} is no model folder: {missing} is missing") from None
@@ -2076,10 +2051,8 @@ def load_model(folder: str, device: torch.device):
         RuntimeError,
         SafetensorError,
     ) as error:
-        reason = data.in_one_line(error)
-        raise InputError(
-            f"{folder} is no model folder of this program: {reason}"
-        ) from None
+        reason = data.one_line(error)
+        raise InputError(f"{folder} is no model folder of this program: {reason}") from None
     return model.eval(), data.load_tokenizer(str(path)), languages
 
 
@@ -2146,14 +2119,12 @@ class Monitor:
         """folder: where loss.png goes."""
         self.config, self.tokenizer = config, prepared.tokenizer
         # From all over the set, which may have been put together from several.
-        count = len(prepared.validation_text["source"])
+        count = len(prepared.validation_pairs)
         rows = np.linspace(0, count - 1, min(config.bleu_pairs, count)).astype(int)
         if config.strategy == "fsdp":  # no process has a whole model to translate with
             rows = []
-        self.sources, self.references = (
-            [prepared.validation_text[side][row] for row in rows]
-            for side in ("source", "target")
-        )
+        pairs = [prepared.validation_pairs[row] for row in rows]
+        self.sources, self.references = ([pair[side] for pair in pairs] for side in (0, 1))
         self.recorders = [Picture(folder / "loss.png")]
         if config.mlruns != "none" and find_spec("mlflow"):
             self.recorders.append(MlflowRun(config))
@@ -2169,9 +2140,7 @@ class Monitor:
         samples = ""
         if self.sources:
             languages = (self.config.source_lang, self.config.target_lang)
-            translator = Translator(
-                model, self.tokenizer, languages, DecodeOptions(), silent=True
-            )
+            translator = Translator(model, self.tokenizer, languages, DecodeOptions(), silent=True)
             found = translator.first(self.sources)
             bleu = score(found, self.references)["bleu"]
             progress.bleu.append((step, bleu))
@@ -2209,7 +2178,7 @@ class Monitor:
             try:
                 getattr(recorder, what)(*arguments)
             except Exception as error:  # noqa: BLE001 - of whatever kind a store may raise
-                reason = data.in_one_line(error)
+                reason = data.one_line(error)
                 name = type(recorder).__name__
                 print(f"\nnote: no more records: {name}: {reason}", file=sys.stderr)
                 self.recorders.remove(recorder)
@@ -2290,11 +2259,7 @@ class MlflowRun(Recorder):
         self.is_own = run is None
         if self.is_own:
             found = self.client.get_experiment_by_name("Default")
-            where = (
-                found.experiment_id
-                if found
-                else self.client.create_experiment("Default")
-            )
+            where = found.experiment_id if found else self.client.create_experiment("Default")
             name = Path(self.config.output).name
             run = self.client.create_run(where, run_name=name)
         self.run_id = run.info.run_id
@@ -2359,6 +2324,8 @@ class TensorBoard(Recorder):
 # ---- export -----------------------------------------------------------------------------------
 
 EXPORTED_POSITIONS = 1024  # rows of the position table in an exported folder
+ENGINE_FILE = "seq2seq.json"  # what CTranslate2's own files do not say
+ENGINE_HINT = "CTranslate2 is not installed: pip install ctranslate2"
 
 
 def transformers_settings(config: Seq2SeqConfig, vocab_size: int) -> dict:
@@ -2477,19 +2444,182 @@ def to_transformers(model: TransformerSeq2SeqModel):
     return exported.eval()
 
 
+def to_ctranslate2(
+    model: TransformerSeq2SeqModel,
+    tokens: list[str],
+    folder: Path,
+    quantization: str | None = None,
+    unk_token: str | None = None,
+) -> None:
+    """Write the model into `folder` in CTranslate2's own format, by its `specs`.
+
+    tokens: the vocabulary, in the order of the ids. Raises InputError without the package.
+    """
+    try:
+        from ctranslate2 import specs
+    except ImportError:
+        raise InputError(ENGINE_HINT) from None
+    config = model.config
+    layers, heads = (config.num_encoder_layers, config.num_decoder_layers), config.nhead
+    # Post-LN stacks end normalised, and so they have no final norm in either format.
+    more = {"pre_norm": config.norm_first, "no_final_norm": not config.norm_first}
+    if config.positional == "rotary":
+        more |= {"rotary_dim": 0, "rotary_interleave": False}  # of whole heads, in halves
+    encoder = specs.TransformerEncoderSpec(layers[0], heads, **more)
+    decoder = specs.TransformerDecoderSpec(layers[1], heads, **more)
+    spec = specs.TransformerSpec(encoder, decoder)
+    arrays: dict[int, np.ndarray] = {}
+
+    def array(weight: Tensor) -> np.ndarray:
+        # One array for tied weights, which are stored once then.
+        key = weight.data_ptr(), len(weight)
+        if key not in arrays:
+            arrays[key] = weight.detach().float().cpu().numpy().copy()
+        return arrays[key]
+
+    def put(target, source: nn.Module, rows: slice = slice(None)) -> None:
+        """A linear layer (of which some rows), or a layer norm."""
+        name = "gamma" if isinstance(source, nn.LayerNorm) else "weight"
+        setattr(target, name, array(source.weight[rows]))
+        setattr(target, "beta" if name == "gamma" else "bias", array(source.bias[rows]))
+
+    width = config.d_model
+    for side, part in (("encoder", encoder), ("decoder", decoder)):
+        embeddings = part.embeddings[0] if side == "encoder" else part.embeddings
+        embeddings.weight = array(model.embedding.weight[: config.vocab_size])
+        if config.positional == "learned":
+            part.position_encodings.encodings = array(model.positions.embedding.weight)
+        elif config.positional != "rotary":
+            table = sinusoidal_positional_encoding(EXPORTED_POSITIONS, width)
+            table = table if config.positional == "sinusoidal" else torch.zeros_like(table)
+            part.position_encodings.encodings = table.numpy()
+        if config.norm_first:
+            put(part.layer_norm, getattr(model, f"{side}_norm"))
+        for target, layer in zip(part.layer, getattr(model, f"{side}_layers")):
+            put(target.self_attention.layer_norm, layer.self_attention_norm)
+            put(target.self_attention.linear[0], layer.self_attention.in_proj)
+            put(target.self_attention.linear[1], layer.self_attention.out_proj)
+            if side == "decoder":
+                attention = layer.cross_attention
+                put(target.attention.layer_norm, layer.cross_attention_norm)
+                put(target.attention.linear[0], attention.in_proj, slice(width))
+                put(target.attention.linear[1], attention.in_proj, slice(width, None))
+                put(target.attention.linear[2], attention.out_proj)
+            put(target.ffn.layer_norm, layer.feed_forward_norm)
+            put(target.ffn.linear_0, layer.linear1)
+            put(target.ffn.linear_1, layer.linear2)
+    decoder.projection.weight = array(model.output.weight[: config.vocab_size])
+    bias = np.zeros(config.vocab_size, np.float32)
+    bias[config.pad_id] = -1e9  # the start token is no translation
+    decoder.projection.bias = bias
+    spec.register_source_vocabulary(tokens)
+    spec.register_target_vocabulary(tokens)
+    spec.config.decoder_start_token = tokens[config.pad_id]
+    spec.config.eos_token = tokens[config.eos_id]
+    spec.config.bos_token = tokens[config.pad_id]
+    spec.config.unk_token = unk_token or tokens[config.pad_id]
+    spec.validate()
+    spec.optimize(quantization=quantization)
+    spec.save(str(folder))
+
+
+class Engine:
+    """A folder exported for CTranslate2, in the place of a model. No torch computes in here: its
+    threads and the engine's would wait for each other.
+
+    Attributes: config: that of the model it was made of.
+    """
+
+    def __init__(self, folder: Path, config: Seq2SeqConfig, tokens: list[str], device: str):
+        try:
+            import ctranslate2
+        except ImportError:
+            raise InputError(ENGINE_HINT) from None
+        self.config, self.tokens = config, tokens
+        self.numbers = {token: i for i, token in enumerate(tokens)}
+        threads = torch.get_num_threads()
+        self.translator = ctranslate2.Translator(str(folder), device, intra_threads=threads)
+
+    def decode(self, rows: list[list[int]], options: "DecodeOptions") -> list[list[Hypothesis]]:
+        """The hypotheses of each row of token ids, best first, cut as `greedy_decode` cuts."""
+        config = self.config
+        limits = [2 * len(row) + 10 for row in rows]
+        if config.positional == "learned":
+            limits = [min(limit, config.max_length) for limit in limits]
+        found = self.translator.translate_batch(
+            [[self.tokens[i] for i in row] for row in rows],
+            beam_size=options.beam,
+            num_hypotheses=options.num_return,
+            length_penalty=options.length_penalty,
+            max_decoding_length=max(limits),
+            max_input_length=0,
+            return_scores=options.scores,
+            return_end_token=True,
+        )
+        hypotheses = []
+        for result, limit in zip(found, limits):
+            hypotheses.append([])
+            for place, tokens in enumerate(result.hypotheses):
+                ids, log_probs, score = [self.numbers[token] for token in tokens][:limit], [], None
+                if options.scores:  # of the whole; what each token adds is not told
+                    score = result.scores[place]
+                    total = score * len(tokens) ** options.length_penalty
+                    log_probs = [total / len(tokens)] * len(tokens)
+                hypotheses[-1].append(Hypothesis(ids, log_probs, score))
+        return hypotheses
+
+
+def complete_tokenizer(tokenizer, max_length: int) -> None:
+    """Make the tokenizer do by itself what this module does around it: normalise the text, end it
+    in eos, leave spaces alone when it decodes."""
+    from tokenizers import Regex, normalizers, processors
+
+    eos, tokenizer.model_max_length = tokenizer.eos_token, max_length
+    tokenizer.clean_up_tokenization_spaces = False
+    # No token types, which such models do not take; both places, for transformers 4 and 5.
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names
+    backend = tokenizer.backend_tokenizer
+    if tokenizer("a")["input_ids"][-1] != tokenizer.eos_token_id:
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"$A {eos}", special_tokens=[(eos, tokenizer.eos_token_id)]
+        )
+    if backend.normalizer is None:
+        spaces = normalizers.Replace(Regex(r"\s+"), " ")
+        steps = [normalizers.NFC(), spaces, normalizers.Strip()]
+        backend.normalizer = normalizers.Sequence(steps)
+
+
 def export(config: ExportConfig) -> int:
     output = Path(config.output).expanduser()
     check_output(output)
-    model, tokenizer, _ = load_model(config.model, torch.device("cpu"))
-    exported = to_transformers(model)
-    data.complete_tokenizer(tokenizer, EXPORTED_POSITIONS)
+    model, tokenizer, languages = load_model(config.model, torch.device("cpu"))
+    if isinstance(model, Engine):
+        raise InputError(f"{config.model} is an exported folder: give the one it was made of")
+    if config.to == "hf":
+        exported = to_transformers(model)
+        complete_tokenizer(tokenizer, EXPORTED_POSITIONS)
+        what = f"{type(exported).__name__}, float32, for transformers"
+    else:
+        tokens = tokenizer.convert_ids_to_tokens(range(model.config.vocab_size))
+        what = f"CTranslate2, {config.quantization or 'float32'}"
 
     def fill(folder: Path) -> None:
-        exported.save_pretrained(folder)
         data.save_tokenizer(tokenizer, folder)
+        if config.to == "hf":
+            exported.save_pretrained(folder)
+            return
+        to_ctranslate2(model, tokens, folder, config.quantization, tokenizer.unk_token)
+        content = {"source_lang": languages[0], "target_lang": languages[1]}
+        content["model"] = dataclasses.asdict(model.config)
+        write_json(folder / ENGINE_FILE, content)
+        for part in ("validation.tsv", "test.tsv"):  # for `evaluate`
+            path = Path(config.model).expanduser() / part
+            if path.is_file():
+                shutil.copy(path, folder / part)
 
     write_folder(output, fill)
-    say("exported", f"{type(exported).__name__}, float32, for transformers: {output}")
+    say("exported", f"{what}: {output}")
     return 0
 
 
@@ -2507,9 +2637,7 @@ class Translator:
     Attributes: notes: what happened -> (how many lines, numbers of the first of them, from 1).
     """
 
-    def __init__(
-        self, model, tokenizer, languages: tuple[str, str], options, silent=False
-    ):
+    def __init__(self, model, tokenizer, languages: tuple[str, str], options, silent=False):
         """options: a `DecodeOptions`. silent: without a bar."""
         self.model, self.tokenizer, self.languages = model, tokenizer, languages
         self.options, self.silent = options, silent or None
@@ -2525,9 +2653,7 @@ class Translator:
         """
 
         numbered = enumerate(lines, 1)
-        with tqdm(
-            desc="translate", total=total, unit="line", disable=self.silent
-        ) as bar:
+        with tqdm(desc="translate", total=total, unit="line", disable=self.silent) as bar:
             failure = None
             while failure is None:
                 part = []
@@ -2546,7 +2672,7 @@ class Translator:
         pieces = []  # (number of the line, token ids)
         for number, line in lines:
             text = data.normalize(line, self.languages[0])
-            parts = data.split_text(text, self.tokenizer, limit) if text else []
+            parts = split_text(text, self.tokenizer, limit) if text else []
             if len(parts) > 1:
                 self.note(f"longer than {limit} tokens, translated in pieces", number)
             pieces += [(number, ids) for ids in parts]
@@ -2567,24 +2693,20 @@ class Translator:
             ends = (part[0].tokens[-1:] for part in parts)
             if any(end != [self.model.config.eos_id] for end in ends):
                 self.note("the translation did not end and was cut off", number)
-            yield [
-                self._join([part[i] for part in parts])
-                for i in range(options.num_return)
-            ]
+            yield [self._join([part[i] for part in parts]) for i in range(options.num_return)]
         bar.refresh()
 
     def decode(self, pieces: list[tuple[int, list[int]]]) -> list[list[Hypothesis]]:
         """The hypotheses of each piece (number of its line, token ids), best first."""
 
-        options, device = self.options, next(self.model.parameters()).device
+        options = self.options
+        if isinstance(self.model, Engine):
+            return self.model.decode([ids for _, ids in pieces], options)
+        device = next(self.model.parameters()).device
         pad_id, count = self.model.config.pad_id, options.num_return
-        batch = data.pad_side([torch.tensor(ids) for _, ids in pieces], pad_id).to(
-            device
-        )
+        batch = data.pad_side([torch.tensor(ids) for _, ids in pieces], pad_id).to(device)
         if options.beam > 1 or options.scores:
-            return beam_search(
-                self.model, batch, options.beam, options.length_penalty, count
-            )
+            return beam_search(self.model, batch, options.beam, options.length_penalty, count)
         if options.sample:
             # What a line becomes depends on its number and the seed, not on its batch.
             seeds = [
@@ -2602,21 +2724,15 @@ class Translator:
         else:
             output = greedy_decode(self.model, batch)
         rows = [[i for i in row if i != pad_id] for row in output.tolist()]
-        return [
-            [Hypothesis(row, [], None) for row in part] for part in chunks(rows, count)
-        ]
+        return [[Hypothesis(row, [], None) for row in part] for part in chunks(rows, count)]
 
     def _join(self, parts: list[Hypothesis]) -> tuple[str, float | None]:
-        texts = data.decode_ids(
-            [part.tokens for part in parts], self.tokenizer, self.languages[1]
-        )
+        texts = data.decode_ids([part.tokens for part in parts], self.tokenizer, self.languages[1])
         text = " ".join(text for text in texts if text)
         if not self.options.scores or not parts:
             return text, None
         log_probs = [value for part in parts for value in part.log_probs]
-        return text, sum(log_probs) / max(
-            len(log_probs), 1
-        ) ** self.options.length_penalty
+        return text, sum(log_probs) / max(len(log_probs), 1) ** self.options.length_penalty
 
     def first(self, lines: list[str]) -> list[str]:
         """The best translation of each line."""
@@ -2625,12 +2741,8 @@ class Translator:
     def report(self, unit: str = "line", by: str = "") -> None:
         """Say on stderr what did not go the usual way. `unit`: what was counted."""
         for what, (count, first) in self.notes.items():
-            numbers = ", ".join(map(str, first)) + (
-                " ..." if count > len(first) else ""
-            )
-            which = (
-                f"{unit} {numbers}" if count == 1 else f"{count:,} {unit}s ({numbers})"
-            )
+            numbers = ", ".join(map(str, first)) + (" ..." if count > len(first) else "")
+            which = f"{unit} {numbers}" if count == 1 else f"{count:,} {unit}s ({numbers})"
             print(f"note: {which}: {what}{by}", file=sys.stderr)
 
     def note(self, what: str, number: int) -> None:
@@ -2638,9 +2750,36 @@ class Translator:
         self.notes[what] = (count + 1, (first + [number])[:5])
 
 
-def batch_by_tokens(
-    rows: list[int], lengths: list[int], most: int
-) -> Iterator[list[int]]:
+def split_text(text: str, tokenizer, max_length: int) -> list[list[int]]:
+    """Token ids of a text in pieces of at most `max_length` tokens, eos included.
+
+    Cut where it hurts least: into sentences, and what is still too long between clauses, else
+    between words, else anywhere. A text that fits is one piece.
+    """
+    (ids,) = data.encode_texts([text], tokenizer)
+    if len(ids) <= max_length:
+        return [ids]
+    pieces = re.split(r"(?<=[.!?…])\s+(?=[^a-zăâîșț])", text)  # one sentence, one piece
+    for boundary in (r"(?<=[,;:)–—])\s+", r"\s+"):
+        if len(pieces) > 1:
+            break
+        pieces, current, size = [], [], 0  # as much as fits is one piece
+        parts = re.split(boundary, text)
+        for part, part_ids in zip(parts, data.encode_texts(parts, tokenizer)):
+            # Its eos makes up for the space that it lost.
+            if current and size + len(part_ids) > max_length:
+                pieces.append(" ".join(current))
+                current, size = [], 0
+            current.append(part)
+            size += len(part_ids)
+        pieces.append(" ".join(current))
+    if len(pieces) > 1:
+        return [ids for piece in pieces for ids in split_text(piece, tokenizer, max_length)]
+    body, step = ids[:-1], max(max_length - 1, 1)
+    return [[*body[i : i + step], ids[-1]] for i in range(0, len(body), step)]
+
+
+def batch_by_tokens(rows: list[int], lengths: list[int], most: int) -> Iterator[list[int]]:
     """Cut `rows`, sorted by rising length, into batches of at most `most` tokens, pads included."""
     batch: list[int] = []
     for row in rows:
@@ -2654,10 +2793,12 @@ def batch_by_tokens(
 
 def load_translator(options: DecodeOptions) -> Translator:
     """The `Translator` of a model folder."""
-    model, tokenizer, languages = load_model(
-        options.model, choose_device(options.device)
-    )
-    if options.precision == "bf16":
+    model, tokenizer, languages = load_model(options.model, choose_device(options.device))
+    if isinstance(model, Engine):
+        for name in ("sample", "attention"):
+            if getattr(options, name, None):
+                raise InputError(f"--{name} needs the model folder that this one was made of")
+    elif options.precision == "bf16":
         model.to(torch.bfloat16)
     return Translator(model, tokenizer, languages, options)
 
@@ -2672,9 +2813,7 @@ def draw_attention(path: Path, translator: Translator, text: str) -> None:
         translator.tokenizer,
         translator.languages,
     )
-    pieces = data.split_text(
-        data.normalize(text, languages[0]), tokenizer, model.config.max_length
-    )
+    pieces = split_text(data.normalize(text, languages[0]), tokenizer, model.config.max_length)
     if not pieces:
         raise InputError("--attention needs a sentence that is not empty")
     if len(pieces) > 1:
@@ -2754,25 +2893,23 @@ def versions() -> dict[str, str | None]:
 
 
 def reference_case(config: BenchDecodeConfig, device: torch.device):
-    """(model, tokenizer, ids of the sentences) of a benchmark."""
+    """(model, its vocabulary, ids of the sentences) of a benchmark."""
 
     if config.model is None:
         sizes = {"demo": TrainConfig(), "tutorial": TrainConfig(**PRESETS["tutorial"])}
         vocabulary = {"demo": 800, "tutorial": 32_100}[config.size]
-        model_config = dataclasses.replace(
-            choose_model(sizes[config.size]), vocab_size=vocabulary
-        )
+        model_config = dataclasses.replace(choose_model(sizes[config.size]), vocab_size=vocabulary)
         torch.manual_seed(0)
         model = TransformerSeq2SeqModel(**dataclasses.asdict(model_config)).to(device)
         with torch.no_grad():  # eos never wins: every sentence is as long as allowed
             model.embedding.weight[model_config.eos_id] = 0
-        tokenizer = data.numbered_tokenizer(vocabulary)
+        tokens = [str(i) for i in range(vocabulary)]
         lengths = torch.randint(5, 25, (config.sentences,)).tolist()
         ids = [
             [*torch.randint(3, vocabulary, (length,)).tolist(), model_config.eos_id]
             for length in lengths
         ]
-        return model.eval(), tokenizer, ids
+        return model.eval(), tokens, ids
     model, tokenizer, languages = load_model(config.model, device)
     if config.text is None:
         lines = (english for english, _ in data.phrasebook(config.sentences, seed=1))
@@ -2782,14 +2919,15 @@ def reference_case(config: BenchDecodeConfig, device: torch.device):
     texts = list(islice((text for text in texts if text), config.sentences))
     if not texts:
         raise InputError(f"no sentences in {config.text}")
-    return model, tokenizer, data.encode_texts(texts, tokenizer)
+    tokens = tokenizer.convert_ids_to_tokens(range(model.config.vocab_size))
+    return model, tokens, data.encode_texts(texts, tokenizer)
 
 
 # A library to compare, loaded: (ids of a batch, beam size) -> ids of each translation without eos.
 Decoder = Callable[[list[list[int]], int], list[list[int]]]
 
 
-def load_ours(model, tokenizer, limit: int, threads: int) -> Decoder:
+def load_ours(model, tokens: list[str], limit: int, threads: int) -> Decoder:
     """greedy_decode and beam_search."""
     torch.set_num_threads(threads)
     pad_id, eos_id = model.config.pad_id, model.config.eos_id
@@ -2806,7 +2944,7 @@ def load_ours(model, tokenizer, limit: int, threads: int) -> Decoder:
     return decode
 
 
-def load_transformers(model, tokenizer, limit: int, threads: int) -> Decoder:
+def load_transformers(model, tokens: list[str], limit: int, threads: int) -> Decoder:
     """`generate`, with its cache, of the exported model."""
     import transformers
 
@@ -2832,36 +2970,28 @@ def load_transformers(model, tokenizer, limit: int, threads: int) -> Decoder:
     return decode
 
 
-def load_ctranslate2(model, tokenizer, limit: int, threads: int) -> Decoder:
-    """CTranslate2, by its own converter of the exported folder."""
-
+def load_ctranslate2(model, tokens: list[str], limit: int, threads: int) -> Decoder:
+    """CTranslate2, through our export."""
     import ctranslate2
-    import transformers
-    from transformers.utils import logging
 
-    transformers.logging.set_verbosity_error()
-    logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
-        source, converted = os.path.join(folder, "hf"), os.path.join(folder, "ct2")
-        to_transformers(model).save_pretrained(source)
-        data.complete_tokenizer(tokenizer, EXPORTED_POSITIONS)
-        data.save_tokenizer(tokenizer, Path(source))
-        ctranslate2.converters.TransformersConverter(source).convert(converted)
+        to_ctranslate2(model, tokens, Path(folder))
         translator = ctranslate2.Translator(
-            converted,
+            folder,
             device=next(model.parameters()).device.type,
             compute_type="float32",
             inter_threads=1,
             intra_threads=threads,
         )
+    number = {token: i for i, token in enumerate(tokens)}
 
     def decode(rows: list[list[int]], beam: int) -> list[list[int]]:
         results = translator.translate_batch(
-            [tokenizer.convert_ids_to_tokens(row) for row in rows],
+            [[tokens[i] for i in row] for row in rows],
             beam_size=beam,
             max_decoding_length=limit,
         )
-        return [tokenizer.convert_tokens_to_ids(r.hypotheses[0]) for r in results]
+        return [[number[token] for token in r.hypotheses[0]] for r in results]
 
     return decode
 
@@ -2897,8 +3027,8 @@ def serve_library(name: str, config: BenchDecodeConfig, pipe) -> None:
     # small model twenty times as slow.
     torch.set_num_threads(1)
     try:
-        model, tokenizer, sentences = reference_case(config, device)
-        library = LIBRARIES[name](model, tokenizer, config.max_new_tokens, threads)
+        model, tokens, sentences = reference_case(config, device)
+        library = LIBRARIES[name](model, tokens, config.max_new_tokens, threads)
     except InputError as error:
         pipe.send(error)
         return
@@ -2979,9 +3109,7 @@ def choose_libraries(device: torch.device) -> list[str]:
     return [name for name in names if name != "ctranslate2" or device.type != "mps"]
 
 
-def machine_rates(
-    device: torch.device, dtype: torch.dtype = torch.float32
-) -> tuple[float, float]:
+def machine_rates(device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[float, float]:
     """(matmul rate in FLOP/s, copy bandwidth in bytes/s, read and written): the best seen."""
 
     def best(function: Callable[[], object]) -> float:
@@ -3028,20 +3156,6 @@ def memory_peak(device: torch.device, reset: bool = False) -> int | None:
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
-def floor_seconds(
-    config: Seq2SeqConfig, batch, outputs, beam: int, limit: int, rates
-) -> float:
-    """What decoding a batch would take if nothing but its arithmetic, or nothing but reading the
-    decoder's weights once a step, cost time: the larger of the two."""
-    lengths = [min(len(output) + 1, limit) for output in outputs]
-    flops = sum(
-        count_flops(config, len(ids), length, beam)
-        for ids, length in zip(batch, lengths)
-    )
-    read = 4 * count_step_weights(config) * max(lengths)  # bytes, float32
-    return max(flops / rates[0], read / rates[1])
-
-
 def bench_decode(config: BenchDecodeConfig) -> int:
     """Every library in turn, round by round."""
 
@@ -3077,12 +3191,6 @@ def bench_decode(config: BenchDecodeConfig) -> int:
                     seconds[name].append(libraries[name](batch, beam, passes))
                     bar.update()
             limit, found = config.max_new_tokens, outputs["ours"]
-            floor = sum(
-                floor_seconds(model.config, part, output, beam, limit, rates)
-                for part, output in zip(
-                    bench_batches(sentences, batch), chunks(found, batch)
-                )
-            )
             tokens = sum(min(len(row) + 1, limit) for row in found)  # with eos
             for name, taken in seconds.items():
                 ratios = [theirs / mine for mine, theirs in zip(seconds["ours"], taken)]
@@ -3097,7 +3205,6 @@ def bench_decode(config: BenchDecodeConfig) -> int:
                         "tokens": tokens,
                         "tokens_per_second": round(tokens / middle, 1),
                         "ms_per_sentence": round(middle / len(found) * 1e3, 3),
-                        "share_of_floor": float(f"{floor / middle:.3g}"),
                         "peak_extra_mib": peaks[name],
                         "ours_times_faster": round(median(ratios), 2),
                         "ours_times_faster_range": [
@@ -3121,9 +3228,7 @@ def bench_decode(config: BenchDecodeConfig) -> int:
         f"{rates[0] / 1e9:.0f} GFLOP/s matmul, {rates[1] / 1e9:.1f} GB/s copied",
     )
     say("sentences", f"{len(sentences)}, at most {config.max_new_tokens} tokens each")
-    columns = (
-        "library,batch,beam,same,tokens/s,ms/sentence,of floor,+MiB,ours is faster"
-    )
+    columns = "library,batch,beam,same,tokens/s,ms/sentence,+MiB,ours is faster"
     lines = [columns.split(",")]
     for row in rows:
         low, high = row["ours_times_faster_range"]
@@ -3134,7 +3239,6 @@ def bench_decode(config: BenchDecodeConfig) -> int:
                 *(str(row[name]) for name in names),
                 f"{row['tokens_per_second']:.0f}",
                 f"{row['ms_per_sentence']:.1f}",
-                f"{row['share_of_floor']:.0%}",
                 f"{row['peak_extra_mib'] or 0:.0f}",
                 "" if row["library"] == "ours" else ratio,
             ]
@@ -3197,9 +3301,7 @@ def check_reports(config, *flags: str) -> None:
         if (path.exists() and not path.is_file()) or not path.parent.is_dir():
             raise InputError(f"{said}: no file can be written there")
         if path.exists() and not is_report(path, flag):
-            raise InputError(
-                f"{said} exists already and is no such report; give another name"
-            )
+            raise InputError(f"{said} exists already and is no such report; give another name")
         other = taken.setdefault(path.resolve(), flag)
         if other != flag:
             raise InputError(f"{said}: that is the file of --{other}; give another")
@@ -3379,9 +3481,7 @@ class GatedSampler(data.BucketBatchSampler):
             yield rows
 
 
-def trainer_changes(
-    features: tuple[str, ...], config: TrainConfig, folder: str
-) -> dict:
+def trainer_changes(features: tuple[str, ...], config: TrainConfig, folder: str) -> dict:
     """Arguments of the Trainer for what is switched on."""
     from lightning.pytorch.callbacks import Callback, ModelCheckpoint
     from lightning.pytorch.loggers import CSVLogger
@@ -3439,9 +3539,7 @@ class PartialRecord(ModleeRecord):
         kept.append(LogOutputCallback())
         names = [(type(callback).__name__, callback) for callback in kept]
         return [begin] + [
-            callback
-            for name, callback in names
-            if any(word in name for word in self.wanted)
+            callback for name, callback in names if any(word in name for word in self.wanted)
         ]
 
 
@@ -3590,7 +3688,7 @@ def serve_start(
             try:
                 function(*arguments)
             except Exception as error:  # noqa: BLE001 - a stock callback may raise anything
-                trouble = f"{type(error).__name__}: {data.in_one_line(error, 80)}"
+                trouble = f"{type(error).__name__}: {data.one_line(error, 80)}"
             found[name] = (time.perf_counter() - started, trouble)
 
         return wrapper
@@ -3608,11 +3706,7 @@ def serve_start(
     ours = record.callbacks
 
     def callbacks(adapter, restore) -> list:
-        made = (
-            type(adapter).configure_callbacks(adapter)
-            if stock
-            else ours(adapter, restore)
-        )
+        made = type(adapter).configure_callbacks(adapter) if stock else ours(adapter, restore)
         kept = []
         for callback in made:
             name = type(callback).__name__
@@ -3657,12 +3751,8 @@ def describe_work(sampler: GatedSampler, config: Seq2SeqConfig) -> dict:
     batches = sampler.batches[:WINDOW]
     sides = (sampler.source_lengths, sampler.target_lengths)
     source, target = (sum(int(side[rows].sum()) for rows in batches) for side in sides)
-    padded = sum(
-        len(rows) * int(side[rows].max()) for rows in batches for side in sides
-    )
-    pairs = [
-        (int(sides[0][row]), int(sides[1][row])) for rows in batches for row in rows
-    ]
+    padded = sum(len(rows) * int(side[rows].max()) for rows in batches for side in sides)
+    pairs = [(int(sides[0][row]), int(sides[1][row])) for rows in batches for row in rows]
     flops = 3 * sum(count_flops(config, *pair) for pair in pairs)
     return {
         "source_tokens": source / WINDOW,
@@ -3904,11 +3994,7 @@ def print_bench(report: dict) -> None:
                 )
                 if "device_ms" in row:
                     times = row["device_ms"], row["enqueue_ms"]
-                    print(
-                        "{:34}device {:.2f} ms, enqueued in {:.2f} ms".format(
-                            "", *times
-                        )
-                    )
+                    print("{:34}device {:.2f} ms, enqueued in {:.2f} ms".format("", *times))
         print(
             f"{'costs more, ms a step (95 %)':34}{'whole step':24}    share  "
             f"{'outside the model':24}    share  beside"
@@ -3922,18 +4008,14 @@ def print_bench(report: dict) -> None:
             ]
             print(f"  {row['label']:32}{'  '.join(cells)}  {ARMS[row['beside']].label}")
     if report["sum"]:
-        print(
-            f"\n{'all off, and each thing: the sum':34}{say_interval(report['sum']['parts'])}"
-        )
+        print(f"\n{'all off, and each thing: the sum':34}{say_interval(report['sum']['parts'])}")
         print(f"{'all at once':34}{say_interval(report['sum']['together'])}")
     parts = ", ".join(f"{name} {ms:.2f}" for name, ms in report["breakdown"].items())
     print(f"\na step of the raw loop, ms: {parts}")
     if report["start"]:
         print(f"\n{'Modlee before the first step, s':34}{'here':>8}    as it comes")
         for name in report["start"]["stock"] | report["start"]["ours"]:
-            ours, stock = (
-                say_start(report["start"][kind].get(name)) for kind in ("ours", "stock")
-            )
+            ours, stock = (say_start(report["start"][kind].get(name)) for kind in ("ours", "stock"))
             print(f"  {name:32}{ours:>8}    {stock}")
     print()
     widths = [
@@ -3968,9 +4050,7 @@ def draw_bench(path: Path, report: dict, middle: str) -> None:
     rows = [row for row in report["rows"] if row["arm"] not in ("raw", "compiled")]
     items = [row for row in rows if row["size"] == middle]
     items.sort(key=lambda row: list(ARMS).index(row["arm"]), reverse=True)
-    raw = next(
-        row for row in report["rows"] if row["size"] == middle and row["arm"] == "raw"
-    )
+    raw = next(row for row in report["rows"] if row["size"] == middle and row["arm"] == "raw")
     figure = Figure(figsize=(12, 1.6 + 0.34 * max(len(items), 8)), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     colours = {"raw": "tab:blue", "off": "tab:orange", "autolog": "tab:green"}
@@ -3983,9 +4063,7 @@ def draw_bench(path: Path, report: dict, middle: str) -> None:
     left.axvline(0, color="black", linewidth=0.8)
     where = " outside the model" if "loop" in raw["more_ms"] else ""
     left.set_xlabel(f"ms more per step{where}")
-    left.set_title(
-        f"itemised: {middle} size, a step of the raw loop takes {raw['ms']:.1f} ms"
-    )
+    left.set_title(f"itemised: {middle} size, a step of the raw loop takes {raw['ms']:.1f} ms")
     share = left.secondary_xaxis(
         "top",
         functions=(
@@ -4007,18 +4085,13 @@ def draw_bench(path: Path, report: dict, middle: str) -> None:
             raws.setdefault(row["size"], row["ms"])
     for name in GROUPS[0][1:]:
         points = [
-            row
-            for size in sizes
-            for row in rows
-            if row["arm"] == name and row["size"] == size
+            row for size in sizes for row in rows if row["arm"] == name and row["size"] == size
         ]
         if points:
             values, lows, highs = zip(*(best_difference(row) for row in points))
             errors = [np.subtract(values, lows), np.subtract(highs, values)]
             times = [raws[row["size"]] for row in points]
-            right.errorbar(
-                times, values, errors, marker="o", capsize=3, label=ARMS[name].label
-            )
+            right.errorbar(times, values, errors, marker="o", capsize=3, label=ARMS[name].label)
     right.axhline(0, color="black", linewidth=0.8)
     right.set_xscale("log")
     right.set_xticks(
@@ -4048,8 +4121,6 @@ TUTORIAL_LENGTH = 50  # tokens to which the tutorial pads and cuts every sentenc
 
 def sinusoids(x: Tensor) -> Tensor:
     """x [B, T, D] -> the position table [T, D] that `nn.Transformer` comes without."""
-    from positional import sinusoidal_positional_encoding
-
     return sinusoidal_positional_encoding(x.size(1), x.size(2)).to(x)
 
 
@@ -4094,9 +4165,7 @@ class TorchTransformer(nn.Module):
             memory_key_padding_mask=pads,
             tgt_is_causal=True,
         )
-        logits = nn.functional.linear(hidden, self.embedding.weight)[
-            ..., : self.vocab_size
-        ]
+        logits = nn.functional.linear(hidden, self.embedding.weight)[..., : self.vocab_size]
         return nn.functional.cross_entropy(
             logits.flatten(0, 1), labels.flatten(), ignore_index=self.pad_id
         )
@@ -4204,9 +4273,7 @@ TRAINEES = {
     "compiled": Trainee("ours, --compile", Ours, "buckets", True),
     "tutorial": Trainee("the tutorial as written", TutorialTransformer, "fixed"),
     "torch": Trainee("nn.Transformer", TorchTransformer, "longest"),
-    "torch-buckets": Trainee(
-        "nn.Transformer, our batches", TorchTransformer, "buckets"
-    ),
+    "torch-buckets": Trainee("nn.Transformer, our batches", TorchTransformer, "buckets"),
     "marian": Trainee("transformers Marian", Marian, "longest"),
     "marian-buckets": Trainee("transformers Marian, our batches", Marian, "buckets"),
     "x": Trainee("x-transformers", XTransformer, "longest"),
@@ -4285,13 +4352,9 @@ def trainee_batches(
 ) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[int, int]]]:
     """`steps` batches of a kind (see Trainee) that stand for an epoch, and the lengths of the pairs
     in them."""
-    sampler = data.BucketBatchSampler(
-        *dataset.lengths, batch_tokens=budget, multiple=multiple
-    )
+    sampler = data.BucketBatchSampler(*dataset.lengths, batch_tokens=budget, multiple=multiple)
     if kind == "buckets":  # from short to long, each for an equal share of the tokens
-        order = sorted(
-            sampler.batches, key=lambda rows: dataset.lengths[1][rows].mean()
-        )
+        order = sorted(sampler.batches, key=lambda rows: dataset.lengths[1][rows].mean())
         middles = (np.arange(steps) + 0.5) / steps
         chosen = [order[int(middle * len(order))] for middle in middles]
     else:
@@ -4300,9 +4363,7 @@ def trainee_batches(
         rows = np.random.default_rng(0).permutation(len(dataset))
         chosen = [rows[i * size : (i + 1) * size] for i in range(steps)]
     limit = TUTORIAL_LENGTH if kind == "fixed" else None
-    pairs = [
-        [tuple(ids[:limit] for ids in dataset[row]) for row in rows] for rows in chosen
-    ]
+    pairs = [[tuple(ids[:limit] for ids in dataset[row]) for row in rows] for rows in chosen]
     lengths = [(len(source), len(target)) for rows in pairs for source, target in rows]
     if kind == "fixed":
         batches = [data.pad_batch(rows, 0, TUTORIAL_LENGTH) for rows in pairs]
@@ -4395,9 +4456,7 @@ def bench_train(config: BenchTrainConfig) -> int:
     for name, answers in found.items():
         if answers:
             trainee, model, batches, lengths = cases[name]
-            rows[name] = describe_trainee(
-                trainee.label, answers, batches, lengths, model, peak
-            )
+            rows[name] = describe_trainee(trainee.label, answers, batches, lengths, model, peak)
             if config.peers:
                 rows[name]["ours_is_faster"] = compare_trainees(
                     answers, sum(map(sum, lengths)), sum(map(sum, cases["ours"][3]))
@@ -4429,9 +4488,7 @@ def model_config(size: str, vocab_size: int) -> Seq2SeqConfig:
     return dataclasses.replace(chosen, vocab_size=vocab_size, max_length=1024)
 
 
-def peer_cases(
-    config: BenchTrainConfig, prepared: data.Data, budget: int, multiple: int
-) -> dict:
+def peer_cases(config: BenchTrainConfig, prepared: data.Data, budget: int, multiple: int) -> dict:
     """name -> (trainee, its model, its batches, the lengths in them)."""
     model = model_config(config.size, len(prepared.tokenizer))
     wanted = [name for name in TRAINEES if name != "compiled" or config.compile]
@@ -4455,9 +4512,7 @@ def growth_cases(
     model = model_config(config.size, vocab_size)
     for factor in (0.125, 0.25, 0.5, 1, 2, 4):
         tokens = int(budget * factor)
-        found = trainee_batches(
-            prepared.train, "buckets", tokens, config.steps, multiple
-        )
+        found = trainee_batches(prepared.train, "buckets", tokens, config.steps, multiple)
         cases[f"budget {tokens}"] = (TRAINEES["ours"], model, *found)
     for length in (8, 16, 32, 64, 128, 256):
         count = max(1, budget // length)
@@ -4467,9 +4522,7 @@ def growth_cases(
         cases[f"length {length}"] = (TRAINEES["ours"], model, [pair], lengths)
     sizes = list(MODEL_SIZES) if device.type == "cuda" else list(MODEL_SIZES)[:3]
     for size in sizes:
-        found = trainee_batches(
-            prepared.train, "buckets", budget, config.steps, multiple
-        )
+        found = trainee_batches(prepared.train, "buckets", budget, config.steps, multiple)
         cases[f"size {size}"] = (
             TRAINEES["ours"],
             model_config(size, vocab_size),
@@ -4522,21 +4575,15 @@ def draw_growth(path: Path, report: dict) -> None:
     axes = figure.subplots(2, 3, sharey="row", sharex="col")
     for column, (kind, title) in enumerate(titles.items()):
         found = {
-            name.split()[1]: row
-            for name, row in report["rows"].items()
-            if name.startswith(kind)
+            name.split()[1]: row for name, row in report["rows"].items() if name.startswith(kind)
         }
         x = list(found)
         speeds = [row["tokens_per_second"] for row in found.values()]
         memory = [row["memory_mib"] or math.nan for row in found.values()]
         turns = [np.array(row["turn_seconds"]) for row in found.values()]
         # The fastest and the slowest turn, beside the median.
-        fastest = [np.median(turn) / turn.min() - 1 for turn in turns] * np.array(
-            speeds
-        )
-        slowest = [1 - np.median(turn) / turn.max() for turn in turns] * np.array(
-            speeds
-        )
+        fastest = [np.median(turn) / turn.min() - 1 for turn in turns] * np.array(speeds)
+        slowest = [1 - np.median(turn) / turn.max() for turn in turns] * np.array(speeds)
         axes[0][column].errorbar(
             x, speeds, (slowest, fastest), marker="o", capsize=3, color="#1f5a96"
         )
@@ -4552,8 +4599,7 @@ def draw_growth(path: Path, report: dict) -> None:
     axes[0][0].set_ylabel("real tokens per second")
     axes[1][0].set_ylabel("peak memory, MiB")
     figure.suptitle(
-        f"Training, {report['size']} size unless said: {report['machine']}, "
-        f"{report['precision']}",
+        f"Training, {report['size']} size unless said: {report['machine']}, {report['precision']}",
         fontsize=10,
     )
     write_file(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))
@@ -4571,9 +4617,7 @@ def train(config: TrainConfig) -> int:
 
     # First all that can be refused at once, before data is read for minutes.
     named = config.output is not None
-    output = Path(
-        config.output or f"runs/{datetime.now():%Y%m%d-%H%M%S}-{config.preset}"
-    )
+    output = Path(config.output or f"runs/{datetime.now():%Y%m%d-%H%M%S}-{config.preset}")
     output = output.expanduser()
     check_output(output, replaceable=config.resume is not None)
     device = choose_device(config.device)
@@ -4581,16 +4625,12 @@ def train(config: TrainConfig) -> int:
     # Under torchrun it decides how many there are; the settings of the run say so.
     world = int(os.environ.get("WORLD_SIZE", config.devices))
     if config.devices not in (1, world):
-        raise InputError(
-            f"--devices {config.devices}, but torchrun has started {world}"
-        )
+        raise InputError(f"--devices {config.devices}, but torchrun has started {world}")
     if config.resume is not None and config.devices != world:
         raise InputError(
             f"the run was of {config.devices} process, but torchrun has started {world}"
         )
-    config = dataclasses.replace(
-        config, precision=precision, output=str(output), devices=world
-    )
+    config = dataclasses.replace(config, precision=precision, output=str(output), devices=world)
     check_together(config, device)
     checkpoints = checkpoint_folder(config)
     check_push(config)
@@ -4622,6 +4662,7 @@ def train(config: TrainConfig) -> int:
         partial(write_best, checkpoints, rank),
         monitor,
     )
+    progress.places = prepared.train.places
     if config.resume is None:
         (checkpoints / "best.pt").unlink(missing_ok=True)  # of a run that was killed
     else:
@@ -4647,7 +4688,9 @@ def train(config: TrainConfig) -> int:
             unscored = metrics | {"interrupted": True}
             tokenizer = prepared.tokenizer
             with progress.averaged():
-                save_model(output, model, tokenizer, config, unscored, progress, best)
+                parts = {"validation": prepared.validation_pairs, "test": prepared.test_pairs}
+                parts = {name: pairs for name, pairs in parts.items() if pairs}
+                save_model(output, model, tokenizer, config, unscored, progress, best, parts)
         if progress.stop:
             monitor.keep(output, metrics)
             if not wanted and config.resume is None:
@@ -4699,9 +4742,7 @@ def claim_name(output: Path, rank: int, world: int) -> Path:
     return names[0]
 
 
-def build_loaders(
-    config: TrainConfig, prepared: data.Data, pad_id: int, device, rank: int
-) -> list:
+def build_loaders(config: TrainConfig, prepared: data.Data, pad_id: int, device, rank: int) -> list:
     """Of training and of validation batches, for one of the processes."""
     # Tensor cores and compilers like round numbers; learned positions have no row to spare.
     rounds = device.type == "cuda" or config.compile
@@ -4789,22 +4830,20 @@ def say_trained(progress: Progress, config: TrainConfig, metrics: dict) -> None:
 def score_model(model, prepared: data.Data, config: TrainConfig, metrics: dict) -> None:
     """Translate the test set, or without one the validation pairs, and put the scores into
     `metrics`."""
-    text = prepared.test_text or prepared.validation_text
-    sources, references = text["source"], text["target"]
+    pairs = prepared.test_pairs or prepared.validation_pairs
+    sources, references = ([pair[side] for pair in pairs] for side in (0, 1))
     options = DecodeOptions(beam=config.beam)
     languages = (config.source_lang, config.target_lang)
     translator = Translator(model, prepared.tokenizer, languages, options)
     hypotheses = translator.first(sources)
     translator.report("pair")
     metrics |= score(hypotheses, references)
-    metrics["scored"] = "test" if prepared.test_text else "validation"
+    metrics["scored"] = "test" if prepared.test_pairs else "validation"
     search = "greedy" if config.beam == 1 else f"beam {config.beam}"
     say("scored", f"{len(sources):,} {metrics['scored']} pairs, {search}")
     say_score(metrics)
     for triple in list(zip(sources, hypotheses, references))[:SHOWN]:
-        print(
-            "\n  source       {}\n  translation  {}\n  reference    {}".format(*triple)
-        )
+        print("\n  source       {}\n  translation  {}\n  reference    {}".format(*triple))
     print()
 
 
@@ -4820,7 +4859,7 @@ def check_together(config: TrainConfig, device: torch.device) -> None:
         raise InputError("--average is not for --strategy fsdp")
     if config.strategy == "fsdp" and config.devices == 1:
         raise InputError("--strategy fsdp is for several processes: add --devices N")
-    for name in ("tensorboard", "mlruns", "cache"):
+    for name in ("tensorboard", "mlruns"):
         if getattr(config, name) in (None, "none"):
             continue
         folder = Path(getattr(config, name)).expanduser()
@@ -4910,11 +4949,7 @@ def noticing_lost_processes(progress: Progress | None = None) -> Iterator[None]:
             raise
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it to the others
         last = progress.checkpoint if progress else None
-        then = (
-            f"python run.py --resume {shlex.quote(str(last.parent))}"
-            if last
-            else "start again"
-        )
+        then = f"python run.py --resume {shlex.quote(str(last.parent))}" if last else "start again"
         raise Failed(
             f"another process of this run has ended; mend what it said, then: {then}"
         ) from None
@@ -4932,13 +4967,10 @@ def check_push(config: TrainConfig) -> None:
     if not config.push:
         return
     if not os.environ.get("MODLEE_API_KEY"):
-        raise InputError(
-            "--push needs your key in the environment variable MODLEE_API_KEY"
-        )
+        raise InputError("--push needs your key in the environment variable MODLEE_API_KEY")
     if config.loop == "raw" or not config.modlee or config.mlruns == "none":
         raise InputError(
-            "--push uploads what Modlee records: not with --loop raw, --no-modlee or "
-            "--mlruns none"
+            "--push uploads what Modlee records: not with --loop raw, --no-modlee or --mlruns none"
         )
 
 
@@ -4958,7 +4990,7 @@ def held_out_source(config: TrainConfig, field: str) -> tuple | None:
     names = getattr(config, field)
     if names is None:
         return None
-    if len(names) > 1 or Path(names[0]).suffix in data.READERS:
+    if len(names) > 1 or Path(names[0]).suffix.lower() in data.READERS:
         return names, None, "train"
     split = names[0]
     on_hub = data.is_on_hub(config.dataset)
@@ -4973,40 +5005,20 @@ def held_out_source(config: TrainConfig, field: str) -> tuple | None:
 
 
 def prepare_data(config: TrainConfig) -> data.Data:
-    """Pairs, ids and tokenizer; kept for the next start, where that is wanted."""
-
-    languages = (config.source_lang, config.target_lang)
-    held_out = [
-        held_out_source(config, name) for name in ("validation_set", "test_set")
-    ]
-    sources = [(config.dataset, config.subset, config.split), *filter(None, held_out)]
-    settings = (
+    """Pairs, ids and tokenizer."""
+    more = ((config.source_lang, config.target_lang), config.columns)
+    sets = [held_out_source(config, name) for name in ("validation_set", "test_set")]
+    return data.prepare(
+        data.read_pairs(config.dataset, config.subset, config.split, *more),
         config.tokenizer,
         config.max_length,
         config.validation_size,
+        config.test_size,
         config.num_samples,
         config.seed,
+        *(source and data.read_pairs(*source, *more) for source in sets),
+        languages=more[0],
     )
-    key = None
-    if config.cache != "none":
-        key = data.prepared_key(sources, *settings, languages, held_out)
-    folder = key and Path(config.cache).expanduser() / key
-    if folder and folder.is_dir():
-        try:
-            return data.Data.load(folder)
-        except Exception:  # noqa: BLE001 - damaged, in one of many ways
-            print(f"note: {folder} is damaged and made anew", file=sys.stderr)
-            shutil.rmtree(folder, ignore_errors=True)
-    parts = [source and data.read_pairs(*source, languages) for source in held_out]
-    pairs = data.read_pairs(*sources[0], languages)
-    prepared = data.prepare(pairs, *settings, *parts)
-    if folder:
-        try:
-            write_folder(folder, prepared.save)
-        except (OSError, InputError) as error:
-            if not folder.is_dir():  # where another process was faster, all is well
-                print(f"note: prepared data is not kept: {error}", file=sys.stderr)
-    return prepared
 
 
 def build_model(config: TrainConfig, tokenizer) -> TransformerSeq2SeqModel:
@@ -5021,21 +5033,22 @@ def build_model(config: TrainConfig, tokenizer) -> TransformerSeq2SeqModel:
     return TransformerSeq2SeqModel(**dataclasses.asdict(model_config))
 
 
-def describe_run(
-    config, prepared: data.Data, model: nn.Module, train_loader, device
-) -> dict:
+def describe_run(config, prepared: data.Data, model: nn.Module, train_loader, device) -> dict:
     """Say what is about to run, and return the same as the first half of metrics.json."""
     train_part, validation_part = prepared.train, prepared.validation
-    unk_source, unk_target = train_part.rows_with(prepared.tokenizer.unk_token_id)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
     metrics = {
         "dataset": list(config.dataset),
         "tokenizer": config.tokenizer,
-        "pairs": {"train": len(train_part), "validation": len(validation_part)},
+        "pairs": {
+            "train": len(train_part),
+            "validation": len(validation_part),
+            "test": len(prepared.test_pairs),
+        },
         "dropped": prepared.dropped,
-        "unk_rate_source": unk_source,
-        "unk_rate_target": unk_target,
+        "round_trip_loss_source": prepared.round_trip_loss[0],
+        "round_trip_loss_target": prepared.round_trip_loss[1],
         "parameters": parameters,
         "device": name,
         "precision": config.precision,
@@ -5046,19 +5059,15 @@ def describe_run(
     has_subset = config.subset and data.is_on_hub(config.dataset)
     subset = f"/{config.subset} {config.split}" if has_subset else ""
     invented = (
-        " (built in and invented: no benchmark)"
-        if config.dataset == (data.PHRASEBOOK,)
-        else ""
+        " (built in and invented: no benchmark)" if config.dataset == (data.PHRASEBOOK,) else ""
     )
     languages = f"{config.source_lang} -> {config.target_lang}"
     say("data", f"{' '.join(config.dataset)}{subset}{invented}, {languages}")
-    counts = (
-        f"{len(train_part):,} training and {len(validation_part):,} validation pairs"
-    )
+    counts = f"{len(train_part):,} training and {len(validation_part):,} validation pairs"
     say("", f"{counts}{data.describe_dropped(prepared.dropped)}")
     say(
         "tokenizer",
-        f"{config.tokenizer}, {len(prepared.tokenizer):,} tokens; {say_unk(metrics)}",
+        f"{config.tokenizer}, {len(prepared.tokenizer):,} tokens; {describe_round_trip(metrics)}",
     )
     say("model", f"{parameters / 1e6:.1f} M parameters, {config.positional} positions")
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
@@ -5115,16 +5124,10 @@ def start_modlee(config: TrainConfig, prepared: "data.Data") -> ModleeRecord | N
     seconds = time.perf_counter() - started
     if modlee is None:
         if config.push:
-            raise InputError(
-                "--push needs Modlee, which is not installed (Python 3.10 to 3.12)"
-            )
+            raise InputError("--push needs Modlee, which is not installed (Python 3.10 to 3.12)")
         say("modlee", "not installed: training without it")
         return None
-    upload = (
-        "uploads when done (--push)"
-        if config.push
-        else "keeps everything on this machine"
-    )
+    upload = "uploads when done (--push)" if config.push else "keeps everything on this machine"
     say("modlee", f"{versions()['modlee']}, {upload}")
     record = ModleeRecord(modlee, config, prepared)
     record.seconds = seconds
@@ -5142,9 +5145,7 @@ def stdin_lines() -> Iterator[str]:
         try:
             yield raw.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError:
-            raise InputError(
-                f"standard input, line {number}: not valid UTF-8"
-            ) from None
+            raise InputError(f"standard input, line {number}: not valid UTF-8") from None
 
 
 def translate(config: TranslateConfig) -> int:
@@ -5168,10 +5169,19 @@ def translate(config: TranslateConfig) -> int:
     return 0
 
 
-def evaluate(config: EvaluateConfig) -> int:
+def own_test_part(folder: str) -> tuple[str]:
+    """What the training of a model held out for the test, or else for validation."""
+    for name in ("test.tsv", "validation.tsv"):
+        path = Path(folder).expanduser() / name
+        if path.is_file():
+            return (str(path),)
+    raise InputError(f"{folder} has no test part of its own: add --dataset pairs.tsv")
 
+
+def evaluate(config: EvaluateConfig) -> int:
     check_reports(config, "json", "sentences")
-    if config.dataset == (data.PHRASEBOOK,):
+    dataset = config.dataset or own_test_part(config.model)
+    if dataset == (data.PHRASEBOOK,):
         raise InputError("the demo trains on the phrasebook; give pairs of your own")
     translator = load_translator(config)
     other = None
@@ -5180,31 +5190,29 @@ def evaluate(config: EvaluateConfig) -> int:
         if other.languages != translator.languages:
             raise InputError(f"{config.against} translates other languages")
     languages, tokenizer = translator.languages, translator.tokenizer
-    batches = data.read_pairs(config.dataset, config.subset, config.split, languages)
-    pairs = list(islice(data.whole_pairs(batches), config.num_samples))
-    if not pairs:
-        raise InputError(f"no pairs in {' '.join(config.dataset)}")
-    sources, references = map(list, zip(*pairs))
+    pairs = data.read_pairs(dataset, config.subset, config.split, languages, config.columns)
+    pairs = data.whole_pairs(pairs)[: config.num_samples]
+    sources, references = ([pair[side] for pair in pairs] for side in (0, 1))
     started = time.perf_counter()
     hypotheses = translator.first(sources)
     seconds = time.perf_counter() - started
     translator.report("pair")
     result = {
         "model": config.model,
-        "dataset": list(config.dataset),
+        "dataset": list(dataset),
         "pairs": len(sources),
         "beam": config.beam,
         "length_penalty": config.length_penalty,
         "precision": config.precision,
         **score(hypotheses, references),
-        "unk_rate_source": unk_rate(sources, tokenizer),
-        "unk_rate_target": unk_rate(references, tokenizer),
+        "round_trip_loss_source": data.round_trip_loss(sources, tokenizer, languages[0]),
+        "round_trip_loss_target": data.round_trip_loss(references, tokenizer, languages[1]),
         "seconds": round(seconds, 2),
         "versions": versions(),
     }
     say("pairs", f"{len(sources):,}, translated in {seconds:.1f} s")
     say_score(result)
-    say("tokenizer", say_unk(result))
+    say("tokenizer", describe_round_trip(result))
     if other:
         comparison = compare(hypotheses, other.first(sources), references)
         result["against"] = {"model": config.against, **comparison}
@@ -5271,40 +5279,9 @@ def write_sentences(path: Path, sources, hypotheses, references) -> None:
     write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def split(config: SplitConfig) -> int:
-    """Clean pairs and hold some out, for several programs to train on the same."""
-    output = Path(config.output).expanduser()
-    check_output(output)
-    dropped = Counter()
-    languages = (config.source_lang, config.target_lang)
-    batches = data.read_pairs(config.dataset, config.subset, config.split, languages)
-    pairs = [pair for batch in data.clean(batches, dropped) for pair in zip(*batch)]
-    groups = data.number_texts(source for source, _ in pairs)
-    sizes = {"validation": config.validation, "test": config.test}
-    parts = data.hold_out(groups, list(sizes.values()), config.seed)
-
-    def fill(folder: Path) -> None:
-        for name, rows in zip((*sizes, "train"), parts):
-            lines = ["\t".join(pairs[row]) + "\n" for row in rows]
-            (folder / f"{name}.tsv").write_text("".join(lines), encoding="utf-8")
-
-    write_folder(output, fill)
-    counts = ", ".join(
-        f"{len(rows):,} {name}" for name, rows in zip((*sizes, "train"), parts)
-    )
-    say("split", f"{counts} pairs in {output}{data.describe_dropped(dropped)}")
-    return 0
-
-
-def unk_rate(texts: list[str], tokenizer) -> float:
-    """Share of the lines that the tokenizer cannot write without `<unk>`."""
-    ids = data.encode_texts(texts, tokenizer)
-    return sum(tokenizer.unk_token_id in row for row in ids) / len(ids)
-
-
-def say_unk(rates: dict) -> str:
-    source, target = rates["unk_rate_source"], rates["unk_rate_target"]
-    return f"<unk> in {source:.1%} of source and {target:.1%} of target lines"
+def describe_round_trip(rates: dict) -> str:
+    lost = [f"{rates[f'round_trip_loss_{side}']:.1%} of {side}" for side in ("source", "target")]
+    return f"changes {' and '.join(lost)} lines"
 
 
 def say_score(result: dict) -> None:
@@ -5318,7 +5295,6 @@ def main(command: str, config) -> int:
         "train": train,
         "translate": translate,
         "evaluate": evaluate,
-        "split": split,
         "export": export,
         "bench": bench,
         "bench decode": bench_decode,
@@ -5336,7 +5312,7 @@ def main(command: str, config) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (InputError, OSError) as error:  # disk full, no permission, name too long
-        print(f"error: {data.in_one_line(error, None)}", file=sys.stderr)
+        print(f"error: {data.one_line(error, None)}", file=sys.stderr)
         return 2
 
 

@@ -44,16 +44,17 @@ from hypothesis import settings as hypothesis_settings
 
 import data
 import run
+import seq2seq
 from data import InputError
 from positional import POSITIONAL_KINDS, sinusoidal_positional_encoding
 from seq2seq import (
-    DecoderCache,
+    Attention,
     Dropout,
-    Linear,
+    Hypothesis,
+    KeyValueCache,
     TransformerSeq2SeqModel,
     _Beam,
     _ProjectedLoss,
-    attend,
     beam_search,
     count_flops,
     cross_attention_weights,
@@ -129,13 +130,10 @@ def test_tables_grow_and_are_no_parameters(kind):
         assert torch.equal(short.rotate(heads), long.rotate(heads))
     heads.requires_grad_()
     short.rotate(heads).sum().backward()  # grown under inference_mode, used in training
-    # What is saved is as if it had never grown: a resumed run has not seen every long sentence.
-    fresh, saved = POSITIONAL_KINDS[kind](4, 16, 4), short.state_dict()
-    assert short.table.size(0) >= 50
-    assert torch.equal(saved["table"], fresh.state_dict()["table"])
-    fresh.load_state_dict(saved)
-    long.load_state_dict(saved)
-    assert long.table.size(0) == 64
+    assert short.table.size(0) >= 50 and not short.state_dict(), "computed, not saved"
+    meta = POSITIONAL_KINDS[kind](4, 16, 4).to("meta")  # to load weights into
+    assert torch.equal(meta.embed(x), long.embed(x))
+    assert torch.equal(meta.rotate(heads), long.rotate(heads))
 
 
 def test_rotary_scores_depend_on_relative_position_alone():
@@ -146,9 +144,7 @@ def test_rotary_scores_depend_on_relative_position_alone():
         return rotary.rotate(query, offset) @ rotary.rotate(key, offset).mT
 
     assert close(scores(0), scores(23))
-    assert not close(
-        scores(0), rotary.rotate(query, 3) @ rotary.rotate(key, 0).mT, 1e-2
-    )
+    assert not close(scores(0), rotary.rotate(query, 3) @ rotary.rotate(key, 0).mT, 1e-2)
 
 
 def test_positional_limits_are_clear():
@@ -209,9 +205,7 @@ def test_embeddings_are_scaled_by_the_root_of_the_width():
 
 def test_decoding_never_writes_the_start_token():
     model = tiny_model()
-    torch.nn.init.zeros_(
-        model.embedding.weight
-    )  # all logits alike: argmax would take pad
+    torch.nn.init.zeros_(model.embedding.weight)  # all logits alike: argmax would take pad
     assert (greedy_decode(model, random_ids(2, 5), max_new_tokens=4) != 0).any()
     with pytest.raises(ValueError, match="at least 1"):
         greedy_decode(model, random_ids(2, 5), max_new_tokens=0)
@@ -330,15 +324,9 @@ def as_torch(model: TransformerSeq2SeqModel):
             place = f"{side}.layers.{index}"
             for name, attention in parts.items():
                 for kind in ("weight", "bias"):
-                    state[f"{place}.{name}.in_proj_{kind}"] = getattr(
-                        attention.in_proj, kind
-                    )
-                    state[f"{place}.{name}.out_proj.{kind}"] = getattr(
-                        attention.out_proj, kind
-                    )
-            parts = {
-                f"norm{i}": getattr(layer, name) for i, name in enumerate(norms, 1)
-            }
+                    state[f"{place}.{name}.in_proj_{kind}"] = getattr(attention.in_proj, kind)
+                    state[f"{place}.{name}.out_proj.{kind}"] = getattr(attention.out_proj, kind)
+            parts = {f"norm{i}": getattr(layer, name) for i, name in enumerate(norms, 1)}
             parts |= {"linear1": layer.linear1, "linear2": layer.linear2}
             if config.norm_first:
                 state[f"{side}.norm.weight"] = getattr(model, f"{side}_norm").weight
@@ -422,10 +410,23 @@ def learnt(request):
     return learn_by_heart(**changes, tie_embeddings=request.param != "untied")
 
 
+def numbered_tokenizer(vocab_size: int):
+    """Token i is the word "i", but for <pad> 0, </s> 1, <unk> 2."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    words = [*special.values(), *map(str, range(3, vocab_size))]
+    model = models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>")
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
 def save_exported(model, folder: Path) -> Path:
     """A folder as `python run.py export` writes it, for a model without a tokenizer."""
-    tokenizer = data.numbered_tokenizer(50)
-    data.complete_tokenizer(tokenizer, 1024)
+    tokenizer = numbered_tokenizer(50)
+    run.complete_tokenizer(tokenizer, 1024)
     run.to_transformers(model).save_pretrained(folder)
     data.save_tokenizer(tokenizer, folder)
     return folder
@@ -485,29 +486,44 @@ def test_positions_unknown_to_transformers_are_refused():
             run.to_transformers(tiny_model(positional=kind))
 
 
-def test_ctranslate2_translates_alike(learnt, tmp_path):
-    ctranslate2 = pytest.importorskip("ctranslate2")
-    from sacrebleu.metrics import BLEU
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+def test_ctranslate2_translates_alike(kind, norm_first, tied, tmp_path):
+    """Greedy token by token, with random weights, in which every sentence is in doubt."""
+    pytest.importorskip("ctranslate2")
+    model = tiny_model(positional=kind, norm_first=norm_first, tie_embeddings=tied).eval()
+    tokens = [f"t{i}" for i in range(50)]
+    run.to_ctranslate2(model, tokens, tmp_path)
+    engine = run.Engine(tmp_path, model.config, tokens, "cpu")
+    source = torch.cat([ragged(8, 12, seed=seed) for seed in range(4)])
+    rows = [row for row in without_pads(source) if row]
+    found = engine.decode(rows, run.DecodeOptions())
+    expected = without_pads(greedy_decode(model, source))
+    assert [best.tokens for (best,) in found] == expected
+    assert len({tuple(row) for row in expected}) > 8
 
-    model, source, target = learnt
-    folder = save_exported(model, tmp_path / "hf")
-    converter = ctranslate2.converters.TransformersConverter(str(folder))
-    try:
-        converter.convert(str(tmp_path / "ct2"))
-    except TypeError as error:  # CTranslate2 4.7 asks for transformers 4.56
-        pytest.skip(f"this CTranslate2 cannot load from this transformers: {error}")
-    words = data.numbered_tokenizer(50).convert_ids_to_tokens
-    tokens = [words([i for i in row if i != 0]) for row in source.tolist()]
-    references = [" ".join(words(row[:-1])) for row in without_pads(target)]
-    texts = {}
-    for kind in ("float32", "int8"):
-        translator = ctranslate2.Translator(str(tmp_path / "ct2"), compute_type=kind)
-        found = translator.translate_batch(tokens, beam_size=1, max_decoding_length=20)
-        texts[kind] = [" ".join(result.hypotheses[0]) for result in found]
-    ours = [row[:-1] for row in without_pads(greedy_decode(model, source, 20))]
-    assert texts["float32"] == [" ".join(words(row)) for row in ours]
-    scores = {k: BLEU().corpus_score(v, [references]).score for k, v in texts.items()}
-    assert scores["float32"] > 90 and abs(scores["int8"] - scores["float32"]) <= 1
+
+def test_ctranslate2_finds_what_our_beams_find(learnt, tmp_path):
+    """Nearly always (ties apart), with the same scores; int8 changes little."""
+    pytest.importorskip("ctranslate2")
+    model, source, _ = learnt
+    tokens = [f"t{i}" for i in range(50)]
+    rows = without_pads(torch.cat([source, ragged(8, 12, seed=5)]))
+    for quantization, share in ((None, 0.95), ("int8", 0.8)):
+        run.to_ctranslate2(model, tokens, tmp_path, quantization)
+        engine = run.Engine(tmp_path, model.config, tokens, "cpu")
+        for beam in (1, 4):
+            options = SimpleNamespace(beam=beam, num_return=beam, length_penalty=1.0, scores=True)
+            found = engine.decode(rows, options)
+            batch = data.pad_side(map(torch.tensor, rows))
+            expected = beam_search(model, batch, beam)
+            same = [a.tokens == b.tokens for (a, *_), (b, *_) in zip(found, expected)]
+            assert sum(same) >= share * len(rows)
+            for is_same, (ours, *_), (theirs, *_) in zip(same, expected, found):
+                if is_same and quantization is None:
+                    assert theirs.score == pytest.approx(ours.score, abs=1e-4)
+                    assert sum(theirs.log_probs) == pytest.approx(sum(ours.log_probs), abs=1e-3)
 
 
 def test_rotary_logits_depend_on_relative_positions_alone(monkeypatch):
@@ -532,28 +548,26 @@ def test_the_embedding_of_pad_is_zero_and_stays_zero(learnt):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("norm_first", [True, False])
 def test_cached_decoding_equals_the_whole_sequence_at_once(kind, norm_first):
-    """Also with two hypotheses per sentence, which a longer sequence than the first buffer holds,
-    and on the fast routes."""
+    """Also with two hypotheses per sentence, and longer than the first buffer holds."""
     model = tiny_model(positional=kind, norm_first=norm_first).eval()
     source, target = ragged(4, 9), random_ids(8, 20, seed=1)
     expected = model(source.repeat_interleave(2, dim=0), target)
     with torch.no_grad():
-        cache = DecoderCache(model, source, width=2)
+        cache = KeyValueCache(model, source, width=2)
         steps = [model.decode_step(target[:, step], cache) for step in range(20)]
     assert close(torch.stack(steps, 1), expected)
 
 
-def test_finished_sentences_leave_and_the_others_do_not_notice():
+def test_finished_rows_leave_the_batch():
     model, source = tiny_model().eval(), ragged(5, 9)
     target = random_ids(10, 12, seed=1)
     expected = model(source.repeat_interleave(2, dim=0), target)
     with torch.no_grad():
-        cache = DecoderCache(model, source, width=2)
+        cache = KeyValueCache(model, source, width=2)
         for step in range(6):
             model.decode_step(target[:, step], cache)
-        order = cache.drop([True, False, True, False, False])
-        assert sorted(order) == [1, 3, 4]
-        order = torch.tensor(order)
+        cache.keep([1, 4, 3])
+        order = torch.tensor([1, 4, 3])
         rows = torch.stack([2 * order, 2 * order + 1], 1).flatten()
         for step in range(6, 12):
             logits = model.decode_step(target[rows, step], cache)
@@ -565,58 +579,12 @@ def test_a_hypothesis_goes_on_from_the_past_of_another():
     target = random_ids(2, 12, seed=1)
     target[1, 6:] = target[0, 6:]
     with torch.no_grad():
-        cache = DecoderCache(model, source, width=2)
+        cache = KeyValueCache(model, source, width=2)
         for step in range(6):
             model.decode_step(target[:, step], cache)
-        cache.copy([0], [1])
+        cache.reorder([0, 0])
         first, second = model.decode_step(target[:, 6], cache)
     assert torch.equal(first, second) or close(first, second)
-
-
-@pytest.mark.parametrize("rows", [1, 2, 4, 5, 33])
-@pytest.mark.parametrize("bias", [True, False])
-def test_the_fast_routes_multiply_correctly(rows, bias):
-    layer, x = Linear(600, 500, bias=bias), torch.randn(rows, 600)
-    with torch.inference_mode():
-        expected = layer(x), layer(x, 100, 280)
-        layer.prepare()
-        assert close(layer(x), expected[0]) and close(layer(x, 100, 280), expected[1])
-        assert layer(x[None]).shape == (1, rows, 500)
-        layer.release()
-
-
-def test_the_fast_routes_see_changes_of_weights_and_biases():
-    import copy
-    import pickle
-
-    layer, x = Linear(600, 500), torch.randn(8, 600)
-
-    def check() -> None:
-        with torch.inference_mode():
-            layer.prepare()
-            fast = layer(x), layer(x, 100, 250)
-            layer.release()
-            assert close(fast[0], layer(x), 1e-4)
-            assert close(fast[1], layer(x, 100, 250), 1e-4)
-
-    check()
-    with torch.no_grad():
-        layer.weight.mul_(2)
-        check()
-        layer.bias.add_(1)
-    check()
-    layer.weight.data[:, 100:130].mul_(-5)
-    check()
-    layer.weight.data[200:210].mul_(-5)
-    check()
-    layer.bias.data = torch.randn(500)
-    check()
-    layer.weight = torch.nn.Parameter(layer.weight * 2)
-    check()
-    layer.bias = torch.nn.Parameter(layer.bias * 2)
-    check()
-    assert close(copy.deepcopy(layer)(x), layer(x))
-    assert close(pickle.loads(pickle.dumps(layer))(x), layer(x))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -668,9 +636,7 @@ def test_hypotheses_come_sorted_with_their_scores():
             model.eval()
             log_probs, _ = teacher_forced(model, source[row], hypothesis.tokens)
             assert np.allclose(hypothesis.log_probs, log_probs, atol=1e-4)
-    assert [len(found) for found in beam_search(model, source, 4, num_return=2)] == [
-        2
-    ] * 3
+    assert [len(found) for found in beam_search(model, source, 4, num_return=2)] == [2] * 3
     for beam_size, num_return in ((0, 1), (2, 3), (2, 0)):
         with pytest.raises(ValueError, match="num_return <= beam_size"):
             beam_search(model, source, beam_size, num_return=num_return)
@@ -679,9 +645,7 @@ def test_hypotheses_come_sorted_with_their_scores():
 def test_samples_follow_the_distribution():
     model, source = tiny_model().eval(), ragged(1, 6)
     count = 4000
-    drawn = sample_decode(
-        model, source.repeat(count, 1), list(range(count)), 0.7, max_new_tokens=1
-    )
+    drawn = sample_decode(model, source.repeat(count, 1), list(range(count)), 0.7, max_new_tokens=1)
     logits = model(source)[0, 0]
     logits[0] = -torch.inf
     expected = (logits / 0.7).softmax(-1)
@@ -712,14 +676,13 @@ def test_sentences_longer_than_any_in_training_decode(kind):
         assert greedy_decode(model, source, 100).size(1) <= 100
 
 
-def test_decoding_leaves_the_model_and_the_threads_as_they_were():
+def test_decoding_leaves_the_model_as_it_was():
     model = tiny_model().train()
-    threads = torch.get_num_threads()
     for decode in (greedy_decode, beam_search):
         decode(model, ragged(2, 5))
         with pytest.raises((RuntimeError, IndexError)):
             decode(model, torch.full((1, 3), 99))
-        assert model.training and torch.get_num_threads() == threads
+        assert model.training
     model(ragged(2, 5), ragged(2, 5)).sum().backward()
     model.encoder_layers.eval()
     greedy_decode(model, ragged(2, 5))
@@ -738,26 +701,19 @@ def test_decoding_works_inside_autocast():
 def test_only_the_best_candidates_may_end():
     """Twice the beam are looked at, so that enough go on; of those that end, only the ones within
     the beam count. By hand: a beam of two, eos is 1."""
-    beam = _Beam(width=2, length_penalty=1.0, limit=9, start_id=0)
+    beam = _Beam(width=2, length_penalty=1.0, limit=9)
     first = [(-0.1, -0.1, 0, 5), (-0.2, -0.2, 0, 6), (-0.3, -0.3, 0, 1), (-9, -9, 0, 7)]
-    assert beam.advance(first, 1, eos_id=1) == [(0, 1)], "the second branches off"
+    assert beam.advance(first, eos_id=1) == [0, 0], "the second goes on from the first's past"
     assert not beam.ended, "the end of rank three is dropped"
-    second = [
-        (-0.4, -0.3, 1, 1),
-        (-0.5, -0.4, 0, 8),
-        (-0.6, -0.5, 0, 9),
-        (-9, -9, 1, 7),
-    ]
-    assert beam.advance(second, 2, eos_id=1) == [(0, 1)]
-    assert [score for score, _ in beam.ended] == [-0.2] and not beam.finished
+    second = [(-0.4, -0.3, 1, 1), (-0.5, -0.4, 0, 8), (-0.6, -0.5, 0, 9), (-9, -9, 1, 7)]
+    assert beam.advance(second, eos_id=1) == [0, 0]
+    assert [ended.score for ended in beam.ended] == [-0.2] and not beam.finished
     third = [(-0.7, -0.2, 0, 1), (-0.8, -0.2, 1, 5), (-9, -9, 0, 6), (-9, -9, 1, 7)]
-    assert beam.advance(third, 3, eos_id=1) == []
+    assert beam.advance(third, eos_id=1) == [1, 0]
     # Both places of the list are taken, by -0.2 and -0.7 / 3; nothing that runs beats the worse.
-    assert [round(score, 4) for score, _ in beam.ended] == [-0.2, -0.2333]
     assert beam.finished
-    best, other = beam.hypotheses(2)
-    assert (best.tokens, best.log_probs) == ([6, 1], [-0.2, -0.3])
-    assert other.tokens == [5, 8, 1]
+    assert beam.ended[0] == Hypothesis([6, 1], [-0.2, -0.3], -0.2)
+    assert beam.ended[1].tokens == [5, 8, 1] and round(beam.ended[1].score, 4) == -0.2333
 
 
 def test_flops_are_those_that_torch_counts():
@@ -808,9 +764,7 @@ def loss_and_gradients(model, input_ids, labels, smoothing=0.0, fused=True):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("pieces", [(2**26, 2**20), (50 * 7, 50 * 3)])
-def test_the_loss_without_pads_and_logits_is_the_plain_one(
-    kind, smoothing, pieces, monkeypatch
-):
+def test_the_loss_without_pads_and_logits_is_the_plain_one(kind, smoothing, pieces, monkeypatch):
     """Value and gradients, tied and untied, in one piece and in many."""
     monkeypatch.setattr(_ProjectedLoss, "PIECE", pieces[0])
     monkeypatch.setattr(_ProjectedLoss, "ROWS_CPU", pieces[1])
@@ -897,28 +851,83 @@ def test_layers_see_tokens_and_no_pads():
     model, seen = tiny_model(), []
     for layer in (*model.encoder_layers, *model.decoder_layers):
         layer.linear1.register_forward_pre_hook(lambda _, x: seen.append(len(x[0])))
-    model(
-        *padded_batch([(3, 9), (12, 2)])[:1], labels=padded_batch([(3, 9), (12, 2)])[1]
-    )
+    model(*padded_batch([(3, 9), (12, 2)])[:1], labels=padded_batch([(3, 9), (12, 2)])[1])
     assert seen == [15, 15, 11, 11]
     assert model.encode(random_ids(3, 5))[1].mask is None
     assert model.encode(padded_batch([(3, 9), (12, 2)])[0])[1].mask is not None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_pads_that_are_kept_change_no_loss_and_no_gradient(kind, norm_first, monkeypatch):
+    """As off the CPU: one sentence of nothing but pads among them, on either side."""
+    model = tiny_model(positional=kind, norm_first=norm_first, dropout=0.0)
+    input_ids, labels = padded_batch([(3, 9), (12, 2), (7, 7)])
+    input_ids[2], labels[0] = 0, 0
+    loss, tokens, gradients = loss_and_gradients(model, input_ids, labels, 0.1)
+    monkeypatch.setattr(seq2seq, "removes_pads", lambda device: False)
+    kept, count, kept_gradients = loss_and_gradients(model, input_ids, labels, 0.1)
+    assert tokens == count == 9
+    torch.testing.assert_close(kept, loss, rtol=1e-6, atol=0)
+    for a, b in zip(gradients, kept_gradients):
+        assert close(a, b, 5e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_training_step_off_the_cpu_never_waits_for_the_device(kind, smoothing):
+    """On the device "meta", whose tensors have no values: nothing can depend on them, and nothing
+    can be copied to the host. The mode says which operator tried."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    waiting = "nonzero masked_select _local_scalar_dense item unique is_nonzero equal"
+
+    class Watch(TorchDispatchMode):
+        steps = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name = function.overloadpacket.__name__
+            tensors = [x for x in torch.utils._pytree.tree_leaves(args) if torch.is_tensor(x)]
+            on_device = any(x.device.type == "meta" for x in tensors)
+            assert not (on_device and name in waiting.split()), name
+            if name == "index" and on_device:
+                assert all(x.dtype != torch.bool for x in tensors[1:]), "indexing with booleans"
+            found = function(*args, **(kwargs or {}))
+            if on_device and name in ("_to_copy", "copy_", "clone"):
+                assert found.device.type == "meta", "a copy to the host"
+            self.steps += 1
+            return found
+
+    with torch.device("meta"):
+        model = tiny_model(positional=kind).train()
+    optimizer = torch.optim.Adam(model.parameters())
+    input_ids, labels = (ids.to("meta") for ids in padded_batch([(3, 9), (12, 2), (7, 7)]))
+    with Watch() as watch:
+        for _ in range(2):
+            loss, tokens = model(input_ids, labels=labels, label_smoothing=smoothing)
+            (loss / tokens).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert watch.steps > 100 and loss.device.type == "meta"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_written_out_is_the_kernels(dtype):
     torch.manual_seed(0)
     query, key, value = (torch.randn(3, 2, n, 8, dtype=dtype) for n in (5, 7, 7))
-    boolean = torch.rand(3, 1, 1, 7) < 0.7
-    boolean[..., 0] = True
-    added = torch.zeros(3, 1, 1, 7).masked_fill(~boolean, -math.inf).to(dtype)
-    plain = torch.nn.functional.scaled_dot_product_attention
-    tolerance = 1e-6 if dtype == torch.float32 else 2e-2
-    for mask in (None, boolean, added):
-        expected = plain(query, key, value, mask)
-        assert close(attend(query, key, value, mask), expected, tolerance)
-    expected = plain(key, key, value, is_causal=True)
-    assert close(attend(key, key, value, None, True), expected, tolerance)
+    mask = torch.rand(3, 1, 1, 7) < 0.7
+    mask[..., 0] = True
+    attention, tolerance = Attention(16, 2), 1e-6 if dtype == torch.float32 else 2e-2
+
+    def kernel(query, mask, is_causal=False) -> torch.Tensor:
+        plain = torch.nn.functional.scaled_dot_product_attention
+        mixed = plain(query, key, value, mask, is_causal=is_causal)
+        return mixed.transpose(1, 2).flatten(2)
+
+    for known in (None, mask):
+        assert close(attention(query, key, value, known), kernel(query, known), tolerance)
+    assert close(attention(key, key, value, None, True), kernel(key, None, True), tolerance)
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])
@@ -945,6 +954,25 @@ def test_text_is_normalised_to_comma_below():
     assert data.normalize("s\u0326i ra\u0306u", "ro") == "și rău"
 
 
+@pytest.mark.parametrize("name", ["ro", "RO", "ron", "rum", "ro-MD", "ro_RO", "ron_Latn"])
+def test_a_language_is_known_in_all_usual_spellings(name, capsys, tmp_path):
+    assert data.normalize("ţară", name) == data.normalize("ţară", " Romanian") == "țară"
+    path = write_pairs(tmp_path / "a.tsv", [("a", "ţ")])
+    assert read_all(path, languages=("eng_Latn", name)) == [("a", "ț")]
+    assert "no rules" not in capsys.readouterr().err
+    assert read_all(path, languages=("en", "tr")) == [("a", "ţ")]
+    assert "no rules are known for the language 'tr'" in capsys.readouterr().err
+
+
+def test_characters_that_nobody_sees_are_removed():
+    hidden = "\ufeffcă\u00ad\u200bs\u200d\u0326uță\u2060\u200e "
+    assert data.normalize(hidden, "ro") == "căsuță"
+    assert data.normalize("\ufeff", "en") == ""
+    family = "👨\u200d👩\u200d👧"  # here the joiner is seen
+    assert data.normalize(family, "en") == family
+    assert data.normalize("می\u200cخواهم", "fa") == "می\u200cخواهم"
+
+
 @pytest.fixture(scope="module")
 def phrases():
     return list(data.phrasebook(50_000))
@@ -958,7 +986,7 @@ def test_the_phrasebook_is_large_distinct_and_reproducible(phrases):
         for text in (english, romanian):
             assert text == data.normalize(text, "ro")
             assert text[0].isupper() and text[-1] in ".?"
-            assert not set("_,") & set(text.replace(", but", "").replace(", dar", ""))
+            assert not set("_,") & set(text)
 
 
 def test_the_phrasebook_speaks_romanian(phrases):
@@ -967,20 +995,13 @@ def test_the_phrasebook_speaks_romanian(phrases):
     for english, romanian in (
         ("We called him.", "L-am chemat."),
         ("I will love her.", "O voi iubi."),
-        (
-            "These good women did not visit our girl.",
-            "Aceste femei bune nu au vizitat-o pe fata noastră.",
-        ),
+        ("These nurses did not call our girl.", "Aceste asistente nu au chemat-o pe fata noastră."),
         ("We like the happy teacher.", "Ne place profesorul fericit."),
-        (
-            "He did not like these good phones.",
-            "Lui nu i-au plăcut aceste telefoane bune.",
-        ),
-        ("Who will buy the wolf?", "Cine va cumpăra lupul?"),
-        ("Why did she buy that happy dog?", "De ce a cumpărat ea acel câine fericit?"),
-        ("When will he forget the good book?", "Când va uita el cartea bună?"),
-        ("These women run under the table.", "Aceste femei aleargă sub masă."),
-        ("Every garden was new.", "Fiecare grădină era nouă."),
+        ("He did not like these phones.", "Lui nu i-au plăcut aceste telefoane."),
+        ("Why did she buy that dog?", "De ce a cumpărat ea acel câine?"),
+        ("She was in the garden.", "Ea era în grădină."),
+        ("She was in the beautiful garden.", "Ea era în grădina frumoasă."),
+        ("We see the teacher.", "Îl vedem pe profesor."),
     ):
         assert known[english] == romanian
 
@@ -990,8 +1011,8 @@ def test_numerals_agree_and_take_de(phrases):
     for english, romanian in phrases:
         for pattern, expected in (
             ("twelve shirts", "douăsprezece cămăși"),
-            ("twelve boys", "doisprezece băieți"),
-            ("twenty-two knives", "douăzeci și două de cuțite"),
+            ("twelve students", "doisprezece studenți"),
+            ("twenty knives", "douăzeci de cuțite"),
             ("a hundred dogs", "o sută de câini"),
         ):
             if pattern in english.lower():
@@ -1006,8 +1027,11 @@ def write_pairs(path: Path, pairs) -> Path:
 
 
 def read_all(*names, **more) -> list[tuple[str, str]]:
-    batches = data.read_pairs([str(name) for name in names], **more)
-    return [pair for batch in batches for pair in zip(*batch)]
+    return [pair[:2] for pair in data.read_pairs([str(name) for name in names], **more)]
+
+
+def as_pairs(rows) -> list[data.Pair]:
+    return [data.Pair(*row, f"row {i}") for i, row in enumerate(rows)]
 
 
 PAIRS = [('One, "two".', "Unu, „doi”."), ("It's a cat.", "Este o pisică."), ("", "gol")]
@@ -1049,22 +1073,25 @@ def test_every_format_holds_the_same_pairs(tmp_path):
     ("name", "content", "message"),
     [
         ("a.tsv", b"a\tb\nc\xff\td\n", r"a\.tsv:2: not valid UTF-8"),
-        ("a.tsv", b"a\tb\tc\n", r"a\.tsv:1: more than one tab"),
-        ("a.tsv", b"a\tb\nab\n", r"a\.tsv:2: no tab"),
-        ("a.csv", b"english,romanian\na,b\n", "found english, romanian"),
-        ("a.csv", b"en,ro\na,b,c\n", r"a\.csv:2: 3 fields under a header of 2"),
-        ("a.csv", b'en,ro\na,"b\n', r"a\.csv:2"),
-        ("a.csv", b"", "found none"),
-        ("a.jsonl", b'{"en": "a", "de": "b"}\n', r"a\.jsonl:1.*found en, de"),
-        ("a.jsonl", b'{"en": "a", "ro": "b"}\n[1]\n', r"a\.jsonl:2"),
-        ("a.jsonl", b'{"en": "a", "ro": 5}\n', r"a\.jsonl:1: expected text"),
-        ("a.jsonl", b'{"en": "\\ud800", "ro": "b"}\n', r"a\.jsonl:1: half a surro"),
-        ("a.jsonl", b"[" * 100_000, r"a\.jsonl:1"),
-        ("a.jsonl", b'{"en": ' + b"9" * 5000 + b"}", r"a\.jsonl:1"),
+        ("a.tsv", b"a\tb\tc\n", r"a\.tsv: no columns for en and ro, found a, b, c; pick two"),
+        ("a.tsv", b"a\tb\nab\n", r"a\.tsv:2: 1 columns, where line 1 has 2"),
+        ("a.tsv", b"en\tde\na\tb\n", r"a\.tsv: no columns for en and ro, found en, de"),
+        ("a.csv", b"id,english,other\n1,a,b\n", "found id, english, other; pick two"),
+        ("a.csv", b"en,ro\na,b,c\n", r"a\.csv: not readable: .*line 2"),
+        ("a.csv", b'en,ro\na,"b\n', r"a\.csv: not readable: .*row 1"),
+        ("a.csv", b"en,ro\na,\0\n", r"a\.csv:2: a NUL"),
+        ("a.csv", b"", "no pairs left"),
+        ("a.jsonl", b'{"en": "a", "de": "b"}\n', r"a\.jsonl: no columns.*found en, de"),
+        ("a.jsonl", b'{"en": "a", "ro": "b"}\n[1]\n', r"a\.jsonl: not readable"),
+        ("a.jsonl", b'{"en": "a", "ro": 5}\n', r"a\.jsonl row 1: expected text, found 5"),
+        ("a.jsonl", b'{"en": ["a"], "ro": ["b"]}\n', r"a\.jsonl row 1: expected text, found \['a'"),
+        ("a.jsonl", b'{"en": "\\ud800", "ro": "b"}\n', r"a\.jsonl: not readable"),
+        ("a.jsonl", b"[" * 100_000, r"a\.jsonl: not readable"),
+        ("a.jsonl", b'{"en": "a", "ro": "\xff"}\n', r"a\.jsonl:1: not valid UTF-8"),
         ("a.jsonl", b'{"e\\nn": "a"}', "found e n"),
-        ("a.jsonl", b'{"en": \n', r"a\.jsonl:1"),
+        ("a.jsonl", b'{"en": \n', r"a\.jsonl: not readable"),
         ("a.json", b'\n[{"en": "a"}]', r"found en;"),
-        ("a.parquet", b"PAR1 not", "no readable parquet"),
+        ("a.parquet", b"PAR1 not", r"a\.parquet: not readable"),
         ("a.xlsx", b"", "cannot tell what"),
         ("a.tsv", b"", "no pairs left"),
         ("a.tsv", b"\ta\na\t\n", "no pairs left.*2 empty"),
@@ -1075,10 +1102,78 @@ def test_every_format_holds_the_same_pairs(tmp_path):
 def test_bad_files_are_refused_in_one_line(tmp_path, capsys, name, content, message):
     (tmp_path / name).write_bytes(content)
     code = main("--dataset", tmp_path / name, "--output", tmp_path / "out")
-    error = capsys.readouterr().err
-    assert code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    *notes, error = capsys.readouterr().err.splitlines()
+    assert code == 2 and error.startswith("error: ")
+    assert all(line.startswith("note: ") for line in notes)
     assert re.search(message, error), error
     assert sorted(p.name for p in tmp_path.iterdir()) == [name]
+
+
+TEXT = [("The lamp.", "Lampa."), ("She runs.", "Ea aleargă.")]
+HEADERS = ["English\tRomanian", "EN\tRO", "eng\tron", "src\ttgt", "ro_RO\ten-GB", "target\tsource"]
+
+
+@pytest.mark.parametrize("header", HEADERS)
+@pytest.mark.parametrize("suffix", [".tsv", ".csv"])
+def test_a_header_is_recognised_in_all_usual_spellings(header, suffix, tmp_path, capsys):
+    swapped = header[0] in "rt"
+    lines = [header, *("\t".join(pair[::-1] if swapped else pair) for pair in TEXT)]
+    text = "\n".join(lines)
+    if suffix == ".csv":
+        text = text.replace("\t", ", ")  # a space after the comma, as people type it
+    (tmp_path / f"a{suffix}").write_text(text, encoding="utf-8")
+    assert read_all(tmp_path / f"a{suffix}") == TEXT
+    assert f"a{suffix}: line 1 is a header; source is " in capsys.readouterr().err
+
+
+def test_columns_are_picked_by_name_or_number(tmp_path, capsys):
+    rows = [(f"{i}", *pair, "CC-BY") for i, pair in enumerate(TEXT)]
+    plain, headed, records = (tmp_path / name for name in ("a.tsv", "b.csv", "c.jsonl"))
+    plain.write_text("".join("\t".join(row) + "\n" for row in rows), encoding="utf-8")
+    names = ("id", "text", "translated", "license")
+    headed.write_text("".join(",".join(row) + "\n" for row in (names, *rows)), encoding="utf-8")
+    records.write_text("".join(json.dumps(dict(zip(names, row))) + "\n" for row in rows))
+    for path in (plain, headed, records):
+        with pytest.raises(InputError, match=r"pick two by name or number, such as --columns 1 2"):
+            read_all(path)
+    assert read_all(plain, columns=("2", "3")) == TEXT
+    for path in (headed, records):
+        assert read_all(path, columns=("text", "translated")) == TEXT
+    assert read_all(records, columns=("3", "2")) == [pair[::-1] for pair in TEXT]
+    with pytest.raises(InputError, match="no column '5'; found id, text"):
+        read_all(headed, columns=("2", "5"))
+
+
+def test_the_direction_is_that_of_the_data(tmp_path, capsys):
+    for name, side in (("x.en", 0), ("x.ro", 1)):
+        (tmp_path / name).write_text("".join(f"{pair[side]}\n" for pair in TEXT), encoding="utf-8")
+    english, romanian = tmp_path / "x.en", tmp_path / "x.ro"
+    assert read_all(english, romanian) == TEXT
+    assert read_all(romanian, english, languages=("ron", "eng")) == [p[::-1] for p in TEXT]
+    assert "names no languages" not in capsys.readouterr().err
+    for paths, languages in (
+        ((romanian, english), ("en", "ro")),
+        ((english, romanian), ("ro", "en")),
+    ):
+        with pytest.raises(InputError, match="the endings say"):
+            read_all(*paths, languages=languages)
+    plain = write_pairs(tmp_path / "plain.tsv", TEXT)
+    assert read_all(plain, languages=("ro", "en")) == TEXT
+    assert "plain.tsv names no languages: column 1 is ro, 2 is en" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", [".tsv", ".csv", ".jsonl", ".json", ".parquet"])
+def test_words_that_look_like_missing_values_are_text(suffix, tmp_path):
+    pairs = [("NA", "null"), ("007", "1.0"), ("None", "nan"), ("", "NULL")]
+    assert read_all(*write_as(suffix, tmp_path, pairs)) == pairs
+
+
+def test_what_is_left_out_renumbers_nothing(tmp_path):
+    path = write_pairs(tmp_path / "a.tsv", [("a b", "x"), ("", ""), ("a b", "x"), ("c d", "y")])
+    dropped = Counter()
+    kept = data.clean(data.read_pairs(str(path)), dropped)
+    assert [pair.place for pair in kept] == [f"{path}:1", f"{path}:4"]
+    assert dropped == {"empty": 1, "duplicate": 1}
 
 
 def test_unusable_paths_are_refused(tmp_path):
@@ -1096,9 +1191,7 @@ def test_unusable_paths_are_refused(tmp_path):
 
 
 # What texts are made of: all of Unicode, and more often what has broken loaders before.
-TROUBLE = list(
-    "\0\t\n\v\f\r\x1c\x85\xa0\u00ad\u200b\u200f\u202e\u2028\u2066\ufeff\U0001f600"
-)
+TROUBLE = list("\0\t\n\v\f\r\x1c\x85\xa0\u00ad\u200b\u200f\u202e\u2028\u2066\ufeff\U0001f600")
 TROUBLE += [*"\"',;{}[]\\<>|", "\r\n", "</s>", "<pad>", "s\u0326", "ș", "ş", "e\u0301"]
 TEXTS = strategies.lists(
     strategies.one_of(
@@ -1150,20 +1243,18 @@ def test_any_text_is_loaded_faithfully(suffix, pairs):
     if suffix in (".tsv", ".txt"):  # these have no way to write an end of line or a tab
         separators = "[\t\n]|\r$" if suffix == ".tsv" else "\n|\r$"
         pairs = [tuple(re.sub(separators, "", text) for text in pair) for pair in pairs]
-    if (
-        suffix in (".tsv", ".txt") and pairs
-    ):  # and a mark at the start of the file is no text
+    if suffix in (".tsv", ".txt") and pairs:  # and a mark at the start of the file is no text
         pairs[0] = tuple(text.lstrip("\ufeff") for text in pairs[0])
     expected = [(data.normalize(a, "en"), data.normalize(b, "ro")) for a, b in pairs]
     with tempfile.TemporaryDirectory() as folder:
         names = write_as(suffix, Path(folder), pairs)
-        if any(sorted(pair) in (["en", "ro"], ["source", "target"]) for pair in pairs):
+        if suffix == ".tsv" and pairs and data._find_columns(pairs[0], ("en", "ro")):
             return  # a header
         try:
             assert read_all(*names) == expected
-        except InputError as error:  # Python 3.10 reads no NUL in .csv
-            assert suffix == ".csv" and re.search(r"a\.csv:\d+: ", str(error))
-            assert sys.version_info < (3, 11) and "\0" in str(pairs)
+        except InputError as error:
+            assert suffix == ".csv" and re.search(r"a\.csv:\d+: a NUL", str(error))
+            assert "\0" in str(pairs)
 
 
 @pytest.mark.parametrize("suffix", [*data.READERS, ".txt"])
@@ -1220,11 +1311,34 @@ def test_quotes_in_a_tsv_are_text(tmp_path):
 
 def test_cleaning_counts_what_it_drops():
     dropped = Counter()
-    pairs = [("a b", "x"), ("", "x"), ("a b", "x"), ("a b", "y"), ("a", "x" * 40)]
-    batches = [list(map(list, zip(*pairs))), [["a b"], ["x"]]]
-    kept = [pair for batch in data.clean(batches, dropped) for pair in zip(*batch)]
-    assert kept == [("a b", "x"), ("a b", "y")]
-    assert dropped == {"empty": 1, "duplicate": 2, "length ratio": 1}
+    rows = [("a b", "x"), ("", "x"), ("a b", "x"), ("a b", "y"), ("a", "x" * 40), ("c", "d")]
+    kept = data.clean(as_pairs(rows), dropped, held_out={data.text_key("C!")})
+    assert [pair[:2] for pair in kept] == [("a b", "x"), ("a b", "y")]
+    assert dropped == {"empty": 1, "duplicate": 1, "length ratio": 1, "held out": 1}
+
+
+def test_held_out_sentences_are_compared_as_people_read():
+    rows = [(f"The house {i}.", f"Casa {i}.") for i in range(20)]
+    rows += [(f"the HOUSE {i}!", f"Casa {i}!") for i in range(20)]
+    rest, part = data.hold_out(as_pairs(rows), 5, seed=1)
+    assert (len(rest), len(part)) == (30, 10)
+    assert not {data.text_key(p.source) for p in rest} & {data.text_key(p.source) for p in part}
+    assert data.text_key("...") == "...", "what has no words is itself"
+
+
+def test_a_tokenizer_that_loses_letters_is_noticed(tmp_path):
+    """By the round trip: without an unknown token, and without bytes, letters vanish in silence."""
+    from tokenizers import Tokenizer, models, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    model = Tokenizer(models.BPE())
+    model.train_from_iterator(["the house is new"], trainers.BpeTrainer(vocab_size=100))
+    lossy = PreTrainedTokenizerFast(tokenizer_object=model, pad_token="<pad>", eos_token="</s>")
+    texts = ["the house", "nouă", "new", "țară"]
+    assert data.round_trip_loss(texts, lossy, "ro") == 0.5
+    assert data.round_trip_loss(texts, data.train_tokenizer(texts, 300), "ro") == 0.0
+    assert data.round_trip_loss(texts * 1000, lossy, "ro", sample=50) == pytest.approx(0.5, abs=0.1)
+    assert data.round_trip_loss([], lossy, "ro") == 0.0
 
 
 def test_no_source_sentence_stands_on_both_sides():
@@ -1241,9 +1355,7 @@ def test_no_source_sentence_stands_on_both_sides():
 
 @pytest.fixture(scope="module")
 def prepared():
-    pairs = data.phrasebook(1200)
-    batches = (tuple(map(list, zip(*rows))) for rows in data._batched(pairs))
-    return data.prepare(batches, "train:400", 24, 200)
+    return data.prepare(as_pairs(data.phrasebook(1200)), "train:400", 24, 200)
 
 
 def test_the_own_tokenizer_round_trips(prepared):
@@ -1278,18 +1390,18 @@ def test_over_long_pairs_are_dropped_not_cut(prepared):
 def test_held_out_text_matches_its_ids(prepared):
     rows = [prepared.validation[row] for row in range(20)]
     sources, targets = data.pad_batch(rows)
-    text = prepared.validation_text
-    assert data.decode_ids(sources, prepared.tokenizer, "en") == text["source"][:20]
-    assert data.decode_ids(targets, prepared.tokenizer, "ro") == text["target"][:20]
+    pairs = prepared.validation_pairs[:20]
+    assert data.decode_ids(sources, prepared.tokenizer, "en") == [pair.source for pair in pairs]
+    assert data.decode_ids(targets, prepared.tokenizer, "ro") == [pair.target for pair in pairs]
+    assert prepared.validation.places[:20] == [pair.place for pair in pairs]
 
 
 def test_the_tokenizer_is_trained_on_the_training_rows_alone():
-    pairs = [(f"common words {i}", f"cuvinte comune {i}") for i in range(100)]
-    sources, targets = map(list, zip(*pairs))
+    rows = [(f"common words {i}", f"cuvinte comune {i}") for i in range(100)]
     _, held_out = data.grouped_split(np.arange(100), 10)
     for row in held_out:
-        sources[row] = targets[row] = "qqqq wwww zzzz " + sources[row]
-    prepared = data.prepare([(sources, targets)], "train:600", 64, 10)
+        rows[row] = tuple(f"qqqq wwww zzzz {row} {text}" for text in rows[row])
+    prepared = data.prepare(as_pairs(rows), "train:600", 64, 10)
     # Which rows are held out depends on their number and not on their text.
     vocabulary = " ".join(prepared.tokenizer.get_vocab())
     assert "common" in vocabulary and "qq" not in vocabulary and "ww" not in vocabulary
@@ -1385,56 +1497,8 @@ def test_widths_are_rounded_up(prepared):
     assert loader.batch_sampler.padding_share() == pytest.approx(1 - real / padded)
 
 
-def test_prepared_data_is_kept_for_the_next_start(tmp_path, monkeypatch, capsys):
-    """The same data and settings are read back; whatever differs, or is damaged, is made anew."""
-    pairs = tmp_path / "pairs.tsv"
-    lines = [f"{source}\t{target}\n" for source, target in data.phrasebook(300)]
-    pairs.write_text("".join(lines), encoding="utf-8")
-    made, prepare = [], data.prepare
-
-    def count(*arguments):
-        made.append(arguments)
-        return prepare(*arguments)
-
-    monkeypatch.setattr(data, "prepare", count)
-    settings = {"dataset": (str(pairs),), "tokenizer": "train:320", "max_length": 40}
-    settings["cache"] = str(tmp_path / "cache")
-
-    def start(**changes) -> data.Data:
-        return run.prepare_data(run.TrainConfig(**settings | changes))
-
-    first, second = start(), start()
-    assert len(made) == 1
-    assert first.train.digest() == second.train.digest()
-    assert first.validation.digest() == second.validation.digest()
-    assert first.validation_text == second.validation_text
-    assert dict(first.dropped) == dict(second.dropped)
-    text = "Știința și țara."
-    assert data.encode_texts([text], first.tokenizer) == data.encode_texts(
-        [text], second.tokenizer
-    )
-    start(seed=1), start(max_length=39), start(tokenizer="train:321")
-    assert len(made) == 4
-    pairs.write_text("".join(lines[1:]), encoding="utf-8")
-    start()
-    assert len(made) == 5
-    start(cache="none"), start(cache="none")
-    assert len(made) == 7
-    for folder in (tmp_path / "cache").iterdir():
-        (folder / "train.safetensors").write_bytes(b"half a fi")
-    capsys.readouterr()
-    assert start().train.digest() and len(made) == 8
-    assert "is damaged and made anew" in capsys.readouterr().err
-    start()
-    assert len(made) == 8
-    (tmp_path / "file").write_text("in the way")
-    start(cache=str(tmp_path / "file" / "cache"))
-    assert "prepared data is not kept" in capsys.readouterr().err
-    assert not [path for path in tmp_path.rglob("model.*") if path.is_dir()]
-
-
 def test_a_tokenizer_that_cuts_and_pads_by_itself_is_told_not_to():
-    tokenizer = data.train_tokenizer([["some words to learn from"]], 300)
+    tokenizer = data.train_tokenizer(["some words to learn from"], 300)
     tokenizer.backend_tokenizer.enable_truncation(3)
     tokenizer.backend_tokenizer.enable_padding(length=50)
     (ids,) = data.encode_texts(["some words to learn from"], tokenizer)
@@ -1500,10 +1564,8 @@ def test_the_tutorials_names_and_signatures():
 def save_tokenizer(folder: Path, **special) -> Path:
     from transformers import PreTrainedTokenizerFast
 
-    trained = data.train_tokenizer([["a b c", "d e f"]], 300)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=trained.backend_tokenizer, **special
-    )
+    trained = data.train_tokenizer(["a b c", "d e f"], 300)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained.backend_tokenizer, **special)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -1531,9 +1593,8 @@ def test_a_saved_tokenizer_names_a_class_that_transformers_4_and_5_know(folder):
 
 @pytest.mark.parametrize("name", ["./missing", "train:x", "train:10", "train:9999999"])
 def test_a_tokenizer_that_cannot_be_is_refused(name, phrases):
-    batch = tuple(map(list, zip(*phrases[:50])))
     with pytest.raises(InputError, match="tokenizer|vocabulary"):
-        data.prepare([batch], name, 64, 5)
+        data.prepare(as_pairs(phrases[:50]), name, 64, 5)
 
 
 # ---- command line -----------------------------------------------------------------------------
@@ -1656,7 +1717,6 @@ def test_every_flag_is_in_the_help_and_help_comes_before_torch():
         (["--preset", "small"], "add --dataset"),
         (["--tensorboard", HERE / "run.py"], "run.py is a file, not a folder"),
         (["--mlruns", HERE / "run.py" / "x"], "run.py is a file, not a folder"),
-        (["--cache", HERE / "run.py" / "x" / "y"], "run.py is a file, not a folder"),
         (["--mlruns", os.devnull], "is a file, not a folder"),
         (["--push", "--no-modlee"], "--no-modlee or --mlruns none"),
         (["translate", "--model", HERE], "no model folder: config.json is missing"),
@@ -1791,11 +1851,7 @@ def test_a_run_leaves_nothing_else(folder):
     root = folder.parent
     assert [path.name for path in (root / "work").iterdir()] in ([], ["runs"])
     left = [path for path in (root / "home").rglob("*") if path.is_file()]
-    left = [
-        path
-        for path in left
-        if ".cache" not in path.parts and ".config" not in path.parts
-    ]
+    left = [path for path in left if ".cache" not in path.parts and ".config" not in path.parts]
     assert not left
 
 
@@ -1838,7 +1894,7 @@ def test_texts_are_split_where_it_hurts_least(folder):
     tokenizer = data.load_tokenizer(str(folder))
 
     def split(text: str, most: int) -> list[str]:
-        pieces = data.split_text(text, tokenizer, most)
+        pieces = run.split_text(text, tokenizer, most)
         assert all(len(ids) <= most and ids[-1] == 1 for ids in pieces)
         return data.decode_ids(pieces, tokenizer, "en")
 
@@ -1864,9 +1920,7 @@ def test_any_lines_are_translated_one_by_one_and_in_order(folder):
         text = "".join(chance.choices(TROUBLE, k=number % 7))
         lines.append(re.sub("\n|\r$", "", text))
     content = "".join(f"{line}\n" for line in lines).encode()
-    done = command(
-        "translate", "--model", folder, input=content, text=False, encoding=None
-    )
+    done = command("translate", "--model", folder, input=content, text=False, encoding=None)
     assert done.returncode == 0, done.stderr
     found = done.stdout.decode().split("\n")
     assert len(found) == LINES + 1 and found.pop() == ""
@@ -1960,16 +2014,12 @@ def test_export_writes_a_folder_for_transformers_alone(folder, tmp_path, capsys)
 
     output = tmp_path / "hf"
     assert main("export", "--model", folder, "--to", "hf", output) == 0
-    assert main("export", "--model", folder, "--to", "hf", output) == 2, (
-        "nothing is lost"
-    )
+    assert main("export", "--model", folder, "--to", "hf", output) == 2, "nothing is lost"
     assert "exists already" in capsys.readouterr().err
     tokenizer = transformers.AutoTokenizer.from_pretrained(output)
     model = transformers.AutoModelForSeq2SeqLM.from_pretrained(output)
     text = "I see a dog."
-    translator = run.Translator(
-        *run.load_model(folder, torch.device("cpu")), run.DecodeOptions()
-    )
+    translator = run.Translator(*run.load_model(folder, torch.device("cpu")), run.DecodeOptions())
     batch = tokenizer([text], return_tensors="pt")
     limit = {"max_new_tokens": 2 * batch["input_ids"].size(1) + 10, "max_length": None}
     written = model.generate(**batch, **limit)
@@ -1977,15 +2027,67 @@ def test_export_writes_a_folder_for_transformers_alone(folder, tmp_path, capsys)
         translator.first([text])[0]
     ]
     # Spaces and composed letters as in training.
-    assert (
-        tokenizer("  I see\u00a0a  dog.")["input_ids"] == batch["input_ids"][0].tolist()
-    )
-    if (
-        int(transformers.__version__.split(".")[0]) < 5
-    ):  # which has no such pipeline any more
+    assert tokenizer("  I see\u00a0a  dog.")["input_ids"] == batch["input_ids"][0].tolist()
+    if int(transformers.__version__.split(".")[0]) < 5:  # which has no such pipeline any more
         pipe = transformers.pipeline("translation", model=str(output))
         found = pipe(text, max_new_tokens=limit["max_new_tokens"])
         assert found[0]["translation_text"] == translator.first([text])[0]
+
+
+def test_an_engine_folder_translates_and_evaluates_like_its_model(folder, tmp_path, capsys):
+    pytest.importorskip("ctranslate2")
+    assert main("export", "--model", folder, "--to", "ctranslate2", tmp_path / "ct2") == 0
+    more = ("--to", "ctranslate2", "--quantization", "int8", tmp_path / "int8")
+    assert main("export", "--model", folder, *more) == 0
+    size = [(tmp_path / name / "model.bin").stat().st_size for name in ("ct2", "int8")]
+    assert size[1] < 0.6 * size[0]
+    lines = [english for english, _ in data.phrasebook(200, seed=1)]
+    lines += ["", " ".join(lines[:12])]  # longer than the model knows: in pieces
+    text = "\n".join(lines) + "\n"
+    found = [
+        command("translate", "--model", name, input=text) for name in (folder, tmp_path / "ct2")
+    ]
+    assert found[0].stdout == found[1].stdout and found[1].stdout.count("\n") == 202
+    assert all("translated in pieces" in done.stderr for done in found)
+    scores = []
+    for name in (folder, tmp_path / "ct2", tmp_path / "int8"):  # on its own test part
+        assert main("evaluate", "--model", name, "--json", tmp_path / "report.json") == 0
+        scores.append(json.loads((tmp_path / "report.json").read_text())["bleu"])
+    assert scores[0] == scores[1] and abs(scores[2] - scores[0]) <= 1
+    capsys.readouterr()
+    for flags in (("translate", "--sample", "I see."), ("export", tmp_path / "again")):
+        assert main(*flags, "--model", tmp_path / "ct2") == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    (tmp_path / "ct2" / "seq2seq.json").unlink()
+    assert main("translate", "--model", tmp_path / "ct2", "I see.") == 2
+    assert "seq2seq.json is missing" in capsys.readouterr().err
+
+
+def test_without_the_engine_one_line_says_how_to_get_it(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ctranslate2", None)
+    output = tmp_path / "ct2"
+    assert main("export", "--model", folder, "--to", "ctranslate2", output) == 2
+    assert "pip install ctranslate2" in capsys.readouterr().err and not output.exists()
+    shutil.copytree(folder, output)
+    shutil.copy(folder / "config.json", output / "seq2seq.json")
+    (output / "model.bin").write_bytes(b"")
+    assert main("translate", "--model", output, "I see.") == 2
+    assert "pip install ctranslate2" in capsys.readouterr().err
+
+
+def test_a_model_folder_that_stores_its_table_of_positions_loads(folder, tmp_path):
+    """As folders did before the table was computed."""
+    from safetensors.torch import load_file, save_file
+
+    old = shutil.copytree(folder, tmp_path / "old")
+    weights = load_file(old / "model.safetensors")
+    assert "positions.table" not in weights
+    save_file(weights | {"positions.table": torch.zeros(64, 32)}, old / "model.safetensors")
+    logits = [
+        run.load_model(name, torch.device("cpu"))[0](random_ids(1, 5), random_ids(1, 5))
+        for name in (folder, old)
+    ]
+    assert torch.equal(*logits)
 
 
 def test_bench_decode_compares_and_writes_its_figures(folder, tmp_path, capsys):
@@ -2003,10 +2105,9 @@ def test_bench_decode_compares_and_writes_its_figures(folder, tmp_path, capsys):
         low, high = row["ours_times_faster_range"]
         assert low <= row["ours_times_faster"] <= high
         assert len(row["seconds"]) == 2 and row["tokens_per_second"] > 0
-        assert 0 < row["share_of_floor"] < 1
         if row["library"] == "ours":
             assert low == high == 1.0
-    assert "of floor" in capsys.readouterr().out
+    assert "ours is faster" in capsys.readouterr().out
     assert main("bench", "decode", "--model", folder, "--json", tmp_path) == 2
 
 
@@ -2015,11 +2116,7 @@ def test_translate_refuses_what_is_no_text(folder):
     done = command("translate", "--model", folder, **more)
     assert done.returncode == 2
     assert done.stdout.count(b"\n") == 1, "the line before it is translated"
-    assert (
-        done.stderr.decode()
-        .splitlines()[-1]
-        .startswith("error: standard input, line 2")
-    )
+    assert done.stderr.decode().splitlines()[-1].startswith("error: standard input, line 2")
 
 
 def test_evaluate_scores_a_file(folder, tmp_path, capsys):
@@ -2028,7 +2125,7 @@ def test_evaluate_scores_a_file(folder, tmp_path, capsys):
     report = tmp_path / "out.json"
     assert main("evaluate", "--model", folder, "--dataset", path, "--json", report) == 0
     result = json.loads(report.read_text())
-    assert result["pairs"] == 2 and result["unk_rate_source"] == 0.0
+    assert result["pairs"] == 2 and result["round_trip_loss_source"] == 0.0
     write_pairs(path, [*pairs, ("", ""), ("Half a pair.", "")])
     assert main("evaluate", "--model", folder, "--dataset", path, "--json", report) == 0
     again = json.loads(report.read_text())
@@ -2038,16 +2135,14 @@ def test_evaluate_scores_a_file(folder, tmp_path, capsys):
         "chrf",
         "signature",
         "chrf_signature",
-        "unk_rate_target",
+        "round_trip_loss_target",
         "seconds",
     ):
         assert name in result
     assert result["signature"] in capsys.readouterr().out
     assert main("evaluate", "--model", folder, "--dataset", tmp_path / "no.tsv") == 2
     assert main("evaluate", "--model", folder, "--dataset", "phrasebook") == 2
-    assert (
-        main("evaluate", "--model", folder, "--dataset", path, "--json", tmp_path) == 2
-    )
+    assert main("evaluate", "--model", folder, "--dataset", path, "--json", tmp_path) == 2
     wrong = tmp_path / "no" / "out.json"
     assert main("evaluate", "--model", folder, "--dataset", path, "--json", wrong) == 2
 
@@ -2085,9 +2180,7 @@ def test_a_report_takes_the_place_of_its_like_alone(folder, tmp_path, capsys):
 
 def test_cedilla_and_comma_score_alike(folder, tmp_path):
     """One policy on both sides: references are read, and outputs decoded, as comma below."""
-    assert read_all(write_pairs(tmp_path / "a.tsv", [("a", "Ştiţi")])) == [
-        ("a", "Știți")
-    ]
+    assert read_all(write_pairs(tmp_path / "a.tsv", [("a", "Ştiţi")])) == [("a", "Știți")]
     tokenizer = data.load_tokenizer(str(folder))
     ids = torch.tensor(data.encode_texts(["Ştiţi  că"], tokenizer))
     assert data.decode_ids(ids, tokenizer, "ro") == ["Știți că"]
@@ -2203,12 +2296,8 @@ def plain_pickle(path: Path, owned: Path) -> None:
     path.write_bytes(pickle.dumps(Hostile(owned)))
 
 
-@pytest.mark.parametrize(
-    "damage", [flip_a_bit, cut_off, empty, pickle_by_torch, plain_pickle]
-)
-def test_a_damaged_checkpoint_is_said_and_the_one_before_it_used(
-    damage, tmp_path, capsys
-):
+@pytest.mark.parametrize("damage", [flip_a_bit, cut_off, empty, pickle_by_torch, plain_pickle])
+def test_a_damaged_checkpoint_is_said_and_the_one_before_it_used(damage, tmp_path, capsys):
     """Nothing in it is executed, either."""
     _, newest = write_states(tmp_path / "checkpoints", 1, 2)
     assert run.read_checkpoint(newest.parent, "data")["progress"]["step"] == 2
@@ -2221,9 +2310,7 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_it_used(
 
 def test_only_the_newest_two_checkpoints_are_kept_and_no_debris(tmp_path):
     write_states(tmp_path, 1, 2)
-    (tmp_path / ".123.step-000000003.pt").write_bytes(
-        b"half"
-    )  # as a killed one leaves it
+    (tmp_path / ".123.step-000000003.pt").write_bytes(b"half")  # as a killed one leaves it
     write_states(tmp_path, 3)
     names = ["settings.json", "step-000000002.pt", "step-000000003.pt"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
@@ -2237,9 +2324,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
     before, (_, hard) = first.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))  # half of a checkpoint
     try:
-        with pytest.raises(
-            run.Failed, match=f"cannot write.*{first} is intact.*--resume"
-        ):
+        with pytest.raises(run.Failed, match=f"cannot write.*{first} is intact.*--resume"):
             write_states(tmp_path, 2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
@@ -2268,9 +2353,7 @@ def test_a_run_killed_at_any_moment_goes_on(loop, tmp_path):
         checkpoints = Path(f"{output}.checkpoints")
         while not output.is_dir() or run.was_interrupted(output):
             begun = any(checkpoints.glob("step-*.pt"))
-            start = (
-                ["--resume", checkpoints] if begun else arguments + ["--output", output]
-            )
+            start = ["--resume", checkpoints] if begun else arguments + ["--output", output]
             process = subprocess.Popen(
                 [sys.executable, HERE / "run.py", *map(str, start)],
                 stdout=subprocess.DEVNULL,
@@ -2282,14 +2365,10 @@ def test_a_run_killed_at_any_moment_goes_on(loop, tmp_path):
                 pattern = "step-*.pt" if kills % 3 == 1 else ".[0-9]*.step-*"
                 limit = chance.uniform(0, 0.3) if kills % 3 == 1 else 0
                 before = set(checkpoints.glob(pattern))
-                while process.poll() is None and before >= set(
-                    checkpoints.glob(pattern)
-                ):
+                while process.poll() is None and before >= set(checkpoints.glob(pattern)):
                     time.sleep(0.0005)
             try:
-                error = process.communicate(timeout=None if kills == KILLS else limit)[
-                    1
-                ]
+                error = process.communicate(timeout=None if kills == KILLS else limit)[1]
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.communicate()
@@ -2329,8 +2408,7 @@ run.main(*run.parse_command_line(sys.argv[1:]))
     done = command("--resume", "part.checkpoints", cwd=tmp_path)
     assert done.returncode == 0 and "after step 4 of part" in done.stdout, done.stderr
     whole, part = (
-        (tmp_path / name / "model.safetensors").read_bytes()
-        for name in ("whole", "part")
+        (tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "part")
     )
     assert whole == part and not checkpoints.exists()
 
@@ -2479,9 +2557,7 @@ def test_raw_and_lightning_walk_the_same_path(
         pytest.param("lightning", True, marks=needs_modlee),
     ],
 )
-def test_a_resumed_run_walks_the_same_path(
-    prepared, loop, modlee, tmp_path, monkeypatch
-):
+def test_a_resumed_run_walks_the_same_path(prepared, loop, modlee, tmp_path, monkeypatch):
     """From the middle of an epoch, from its end, and from the last checkpoint of all."""
     monkeypatch.setattr(run, "LOG_EVERY", 3)  # points that do not meet the checkpoints
     config = run.TrainConfig(accumulate=3)
@@ -2495,9 +2571,7 @@ def test_a_resumed_run_walks_the_same_path(
 
     settings = {"accumulate": 3, "clip_norm": 0.5, "modlee": modlee, "average": 0.5}
     progress = run.Progress(save=save, every=(1, math.inf))
-    raw, raw_progress, _ = fit(
-        prepared, "raw", progress=progress, **settings | {"modlee": False}
-    )
+    raw, raw_progress, _ = fit(prepared, "raw", progress=progress, **settings | {"modlee": False})
     kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert kept == ["settings.json", "step-000000007.pt", "step-000000008.pt"]
     steps = math.ceil(math.ceil(len(prepared.train) / 64) / 3)
@@ -2506,9 +2580,7 @@ def test_a_resumed_run_walks_the_same_path(
         state = torch.load(io.BytesIO(states[step]), weights_only=True)
         assert (state["progress"]["batch"] == 0) == (step % steps == 0)
         torch.manual_seed(step)
-        model, progress, _ = fit(
-            prepared, loop, tmp_path=tmp_path, state=state, **settings
-        )
+        model, progress, _ = fit(prepared, loop, tmp_path=tmp_path, state=state, **settings)
         assert progress.step == 2 * steps
         for name in ("train", "validation", "rates", "best"):
             assert getattr(progress, name) == getattr(raw_progress, name)
@@ -2527,9 +2599,7 @@ def test_resuming_reads_only_what_is_left(prepared):
     assert len(list(sampler)) == len(whole)
 
 
-def test_an_interrupted_run_is_resumed_from_the_command_line(
-    tmp_path, capsys, monkeypatch
-):
+def test_an_interrupted_run_is_resumed_from_the_command_line(tmp_path, capsys, monkeypatch):
     """Like one never interrupted; with other settings only when that is insisted on."""
     from safetensors.torch import load_file
 
@@ -2564,9 +2634,7 @@ def test_an_interrupted_run_is_resumed_from_the_command_line(
     assert main("--resume", checkpoints) == 2
     assert "another version" in capsys.readouterr().err
     settings.write_text(known)
-    with (
-        pytest.MonkeyPatch.context() as patch
-    ):  # stopped again, and none are to be written
+    with pytest.MonkeyPatch.context() as patch:  # stopped again, and none are to be written
         patch.setattr(run.Progress, "stop", True)
         assert main("--resume", checkpoints, "--checkpoint-every", 0) == 143
         assert newest.exists() and settings.exists()
@@ -2577,9 +2645,7 @@ def test_an_interrupted_run_is_resumed_from_the_command_line(
     assert f"{newest} cannot be read" in said.err
     assert f"after step {int(before.stem[5:])} of" in said.out
     assert not checkpoints.exists()
-    weights = [
-        load_file(tmp_path / name / "model.safetensors") for name in ("whole", "part")
-    ]
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "part")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
@@ -2662,9 +2728,7 @@ def test_two_processes_train_like_one_on_both_batches(loop, start, more, tmp_pat
 
 def test_only_the_first_process_writes_checkpoints(tmp_path):
     state = {"progress": {"step": 1}}
-    write = partial(
-        run.write_checkpoint, tmp_path / "kept", run.TrainConfig(), "digest"
-    )
+    write = partial(run.write_checkpoint, tmp_path / "kept", run.TrainConfig(), "digest")
     assert not write(1, state).exists() and not any(tmp_path.iterdir())
     assert write(0, state).exists()
 
@@ -2675,9 +2739,7 @@ def test_a_model_held_in_parts_is_saved_whole(tmp_path):
 
     arguments = [*SMALL, "--dropout", 0, "--device", "cpu", "--batch-size", 30]
     fsdp = ["--strategy", "fsdp", "--checkpoint-every", 2]
-    whole = command(
-        *arguments, *fsdp, "--devices", 2, "--output", "whole", cwd=tmp_path
-    )
+    whole = command(*arguments, *fsdp, "--devices", 2, "--output", "whole", cwd=tmp_path)
     if not hasattr(torch, "accelerator"):
         assert whole.returncode == 2 and "needs torch 2.6" in whole.stderr
         return
@@ -2706,8 +2768,7 @@ def test_a_model_held_in_parts_is_saved_whole(tmp_path):
     more = ("--accumulate", 2, "--loop", "raw", "--output", "one")
     outputs = [whole.stdout, command(*arguments, *more, cwd=tmp_path).stdout]
     expected, found, one = (
-        load_file(tmp_path / name / "model.safetensors")
-        for name in ("whole", "part", "one")
+        load_file(tmp_path / name / "model.safetensors") for name in ("whole", "part", "one")
     )
     for name, weight in expected.items():
         assert torch.equal(weight, found[name]), name
@@ -2752,9 +2813,7 @@ def test_a_process_that_dies_ends_the_job(loop, tmp_path):
     assert b"--resume model.checkpoints" in err
     state = run.read_checkpoint(
         tmp_path / "model.checkpoints",
-        json.loads((tmp_path / "model.checkpoints" / "settings.json").read_text())[
-            "data"
-        ],
+        json.loads((tmp_path / "model.checkpoints" / "settings.json").read_text())["data"],
     )
     assert state["progress"]["step"] >= 5
 
@@ -2762,9 +2821,7 @@ def test_a_process_that_dies_ends_the_job(loop, tmp_path):
 def test_no_pair_is_seen_twice_by_several_processes(prepared):
     for world in (2, 3):
         samplers = [
-            data.BucketBatchSampler(
-                *prepared.train.lengths, 32, seed=1, rank=rank, world=world
-            )
+            data.BucketBatchSampler(*prepared.train.lengths, 32, seed=1, rank=rank, world=world)
             for rank in range(world)
         ]
         assert len({len(sampler) for sampler in samplers}) == 1
@@ -2844,10 +2901,12 @@ def test_a_loss_that_is_no_number_names_step_and_rows(prepared):
         progress.flush()
         return progress
 
-    rows = ", ".join(map(str, sorted(sampler.rows(1).tolist())))
-    told = f"step 2 is nan.*rows {rows}; last good checkpoint: none"
+    progress = run.Progress()
+    progress.places = prepared.train.places
+    places = ", ".join(progress.places[row] for row in sorted(sampler.rows(1).tolist()))
+    told = f"step 2 is nan.*batch holds {places}; last good checkpoint: none"
     with pytest.raises(run.Failed, match=told):
-        feed(run.Progress())
+        feed(progress)
     with pytest.raises(run.Failed, match="validation loss after step 0 is nan"):
         run.Progress(overflows=True).end_epoch(math.nan)
     tokens = sampler.target_tokens(0) + sampler.target_tokens(2)
@@ -3015,9 +3074,7 @@ def test_the_average_of_weights_is_the_formula():
 
 
 @pytest.mark.parametrize("loop", ["raw", "lightning"])
-def test_averaged_weights_are_validated_and_the_others_trained(
-    prepared, loop, monkeypatch
-):
+def test_averaged_weights_are_validated_and_the_others_trained(prepared, loop, monkeypatch):
     monkeypatch.setattr(run, "LOG_EVERY", 3)
     plain, plain_progress, _ = fit(prepared, loop)
     model, progress, _ = fit(prepared, loop, average=0.9)
@@ -3031,9 +3088,7 @@ def test_averaged_weights_are_validated_and_the_others_trained(
 
 
 @pytest.mark.parametrize("loop", ["raw", "lightning"])
-def test_the_average_is_of_trained_weights_from_the_first_epoch_on(
-    prepared, loop, monkeypatch
-):
+def test_the_average_is_of_trained_weights_from_the_first_epoch_on(prepared, loop, monkeypatch):
     """Which may be over before the first point of the curve."""
     monkeypatch.setattr(run, "LOG_EVERY", 1000)
     _, progress, _ = fit(prepared, loop, average=0.5)
@@ -3079,9 +3134,7 @@ def test_a_signal_in_the_last_step_of_an_epoch_ends_training(prepared, loop):
 
 
 @pytest.mark.parametrize("loop", ["raw", "lightning"])
-def test_the_best_weights_are_kept_and_the_last_beside_them(
-    loop, tmp_path, monkeypatch, capsys
-):
+def test_the_best_weights_are_kept_and_the_last_beside_them(loop, tmp_path, monkeypatch, capsys):
     from safetensors.torch import load_file
 
     losses, kept = iter([3.0, 2.0, 2.5]), []
@@ -3089,9 +3142,7 @@ def test_the_best_weights_are_kept_and_the_last_beside_them(
 
     def judge(self, loss: float) -> None:
         end_epoch(self, next(losses))
-        kept.append(
-            {k: v.clone() for k, v in self._parts["model"].state_dict().items()}
-        )
+        kept.append({k: v.clone() for k, v in self._parts["model"].state_dict().items()})
 
     monkeypatch.setattr(run.Progress, "end_epoch", judge)
     more = ("--no-modlee", "--loop", loop, "--max-epochs", 3)
@@ -3265,64 +3316,43 @@ def test_the_time_left_counts_the_validation_just_done(prepared, monkeypatch):
 # ---- fair scores ------------------------------------------------------------------------------
 
 
-@hypothesis_settings(max_examples=50, deadline=None)
-@given(
-    strategies.lists(strategies.integers(0, 12), min_size=1, max_size=60),
-    strategies.integers(1, 8),
-    strategies.integers(1, 8),
-)
-def test_held_out_parts_have_their_size_and_share_no_group(groups, first, second):
-    groups = np.unique(groups, return_inverse=True)[1]
-    try:
-        parts = data.hold_out(groups, [first, second], seed=1)
-    except InputError:
-        return
-    assert [len(parts[0]), len(parts[1])] == [first, second] and len(parts[2])
-    assert sorted(np.concatenate(parts)) == list(range(len(groups)))
-    seen = [set(groups[rows]) for rows in parts]
-    assert not (seen[0] & seen[1] or seen[0] & seen[2] or seen[1] & seen[2])
-
-
-def test_split_files_are_trained_and_scored_on(tmp_path, capsys):
+def test_held_out_parts_are_trained_without_and_scored_on(tmp_path, capsys):
     """No source sentence of validation or test is learnt, even if it is handed in."""
     rows = list(data.phrasebook(400))
     rows += [(source, target + "!") for source, target in rows[:50]]
     pairs = write_pairs(tmp_path / "pairs.tsv", rows)
-    sizes = ("--validation", 30, "--test", 40)
-    assert main("split", "--dataset", pairs, *sizes, tmp_path / "parts") == 0
-    assert "30 validation, 40 test, 380 train pairs" in capsys.readouterr().out
-    parts = {
-        name: tmp_path / "parts" / f"{name}.tsv"
-        for name in ("train", "validation", "test")
-    }
-    texts = {name: read_all(path) for name, path in parts.items()}
-    assert sorted(itertools.chain(*texts.values())) == sorted(rows)
-    sources = {name: {source for source, _ in part} for name, part in texts.items()}
-    assert not sources["train"] & (sources["validation"] | sources["test"])
-    more = ("--dataset", pairs, "--validation-set", parts["validation"])
-    more += ("--test-set", parts["test"], "--cache", tmp_path / "cache")
-    more += ("--max-length", 200)
-    config = run.parse_command_line(list(map(str, (*SMALL[2:], *more))))[1]
-    for _ in range(2):  # anew, and from the cache
-        prepared = run.prepare_data(config)
-        assert (len(prepared.train), len(prepared.validation)) == (380, 30)
-        assert prepared.dropped["held out"] == 70
-        assert prepared.test_text["source"] == [source for source, _ in texts["test"]]
-        assert prepared.validation_text["target"] == [t for _, t in texts["validation"]]
-    other = dataclasses.replace(config, validation_set=(str(parts["test"]),))
-    assert len(run.prepare_data(other).validation) == 40
+    own = (*SMALL[2:], "--dataset", pairs, "--max-length", 200, "--validation-size", 30)
+    own += ("--test-size", 40, "--loop", "raw", "--beam", 2, "--output", tmp_path / "m")
+    assert main(*own) == 0
+    said = capsys.readouterr().out
+    parts = {name: read_all(tmp_path / "m" / f"{name}.tsv") for name in ("validation", "test")}
+    assert f"{len(parts['test'])} test pairs, beam 2" in said
+    held_out = {source for part in parts.values() for source, _ in part}
+    assert [len({source for source, _ in part}) for part in parts.values()] == [30, 40]
+    assert len(held_out) == 70
+    # The model's own test part is what it is evaluated on by default, with the same score.
+    report = tmp_path / "report.json"
+    assert main("evaluate", "--model", tmp_path / "m", "--beam", 2, "--json", report) == 0
+    metrics = json.loads((tmp_path / "m" / "metrics.json").read_text())
+    assert json.loads(report.read_text())["bleu"] == metrics["bleu"]
+    assert metrics["pairs"]["test"] == len(parts["test"])
+    # Handed in as sets, they are left out of training.
+    sets = {name: str(tmp_path / "m" / f"{name}.tsv") for name in parts}
+    more = ("--validation-set", sets["validation"], "--test-set", sets["test"])
+    config = run.parse_command_line(list(map(str, (*own, *more))))[1]
+    prepared = run.prepare_data(config)
+    assert prepared.dropped["held out"] == sum(source in held_out for source, _ in rows)
+    assert [pair[:2] for pair in prepared.test_pairs] == parts["test"]
+    assert [pair[:2] for pair in prepared.validation_pairs] == parts["validation"]
     short = run.prepare_data(dataclasses.replace(config, max_length=12))
-    assert short.dropped["over-long validation"] == 30 - len(short.validation) > 0
+    lost = len(parts["validation"]) - len(short.validation)
+    assert short.dropped["over-long validation"] == lost > 0
     for wrong in ("vall", tmp_path / "no.tsv"):
         flags = ("--dataset", pairs, "--validation-set", wrong, "--preset", "base")
-        assert main(*SMALL, *flags, "--output", tmp_path / "m") == 2
+        assert main(*SMALL, *flags, "--output", tmp_path / "n") == 2
     assert "has no split 'vall', and files end in" in capsys.readouterr().err
-    assert main("split", "--dataset", pairs, "--test", 450, tmp_path / "none") == 2
-    assert "ask for fewer, or give more pairs" in capsys.readouterr().err
-    assert main("split", "--dataset", pairs, "--seed", -1, tmp_path / "none") == 2
-    more = (*SMALL[2:], *more, "--beam", 2, "--loop", "raw", "--output", tmp_path / "m")
-    assert main(*more) == 0
-    assert "40 test pairs, beam 2" in capsys.readouterr().out
+    assert main(*own, "--test-size", 450, "--output", tmp_path / "n") == 2
+    assert "give more pairs or hold out fewer" in capsys.readouterr().err
 
 
 def test_runs_of_the_same_second_have_folders_of_their_own(tmp_path):
@@ -3331,9 +3361,7 @@ def test_runs_of_the_same_second_have_folders_of_their_own(tmp_path):
     assert (tmp_path / "now-3.checkpoints").is_dir()
 
 
-def test_a_score_that_is_interrupted_leaves_a_model_and_says_so(
-    tmp_path, capsys, monkeypatch
-):
+def test_a_score_that_is_interrupted_leaves_a_model_and_says_so(tmp_path, capsys, monkeypatch):
     def interrupted(*arguments) -> None:
         raise run.Interrupted(130)
 
@@ -3356,9 +3384,7 @@ def test_a_hub_data_set_is_validated_and_tested_on_its_own_splits(hub_home, tmp_
     assert metrics["scored"] == "test" and "40 test pairs, greedy" in done.stdout
     more += ("--output", tmp_path / "n")
     done = command(*more, "--test-set", "dev", cwd=tmp_path, env=env)
-    assert (
-        done.returncode == 2 and "--test-set: wmt16 has no split 'dev'" in done.stderr
-    )
+    assert done.returncode == 2 and "--test-set: wmt16 has no split 'dev'" in done.stderr
     pairs = write_pairs(tmp_path / "pairs.tsv", list(data.phrasebook(100)))
     done = command(*more, "--dataset", pairs, cwd=tmp_path, env=env)
     assert "no split 'validation', as the preset has it" in done.stderr
@@ -3381,9 +3407,7 @@ def test_evaluate_compares_two_models_and_names_the_worst(folder, tmp_path, caps
     assert "could be chance" in capsys.readouterr().out
     head, *lines = [line.split("\t") for line in table.read_text("utf-8").splitlines()]
     assert head == ["chrF", "pair", "source", "translation", "reference"]
-    assert [float(line[0]) for line in lines] == sorted(
-        float(line[0]) for line in lines
-    )
+    assert [float(line[0]) for line in lines] == sorted(float(line[0]) for line in lines)
     assert sorted((int(n), s, r) for _, n, s, _, r in lines) == [
         (n, *row) for n, row in enumerate(rows, 1)
     ]
@@ -3458,9 +3482,7 @@ def test_every_arm_trains_like_the_raw_loop(prepared, arm, tmp_path, monkeypatch
     assert ends[0][:2] == ends[1][:2] and ends[0][0][0][0] == run.WINDOW
     assert same_weights(ends[0][2], ends[1][2])
     left = [path.name for path in tmp_path.rglob("*") if path.is_file()]
-    assert any(name.endswith(".ckpt") for name in left) == (
-        arm in ("checkpoint", "defaults")
-    )
+    assert any(name.endswith(".ckpt") for name in left) == (arm in ("checkpoint", "defaults"))
     # By itself Lightning logs to TensorBoard where that is installed.
     logs = [name for name in left if name.endswith(".csv") or ".tfevents." in name]
     assert bool(logs) == (arm in ("log", "defaults"))
@@ -3540,16 +3562,10 @@ def test_costs_are_itemised_and_drawn(tmp_path, capsys):
         for group in run.GROUPS[: 1 if size == "small" else None]:
             serve = {name: served(name, []) for name in group}
             found = run.take_turns(list(group), serve, 3, bar)
-            report["rows"] += run.describe_arms(
-                size, found, report["sizes"][size], 1e11, cpu
-            )
+            report["rows"] += run.describe_arms(size, found, report["sizes"][size], 1e11, cpu)
     rows = {row["arm"]: row for row in report["rows"] if row["size"] == "demo"}
-    assert (
-        rows["clip"]["beside"] == "off" and rows["modlee-data"]["beside"] == "autolog"
-    )
-    assert rows["clip"]["more_ms"]["loop"] == pytest.approx(
-        [1, 1, 1]
-    )  # clip - off letters
+    assert rows["clip"]["beside"] == "off" and rows["modlee-data"]["beside"] == "autolog"
+    assert rows["clip"]["more_ms"]["loop"] == pytest.approx([1, 1, 1])  # clip - off letters
     assert rows["off"]["more_ms"]["whole"] == pytest.approx([0, 0, 0], abs=1e-9)
     assert rows["raw"]["mfu"] == pytest.approx(4e9 / (rows["raw"]["ms"] / 1e3) / 1e11)
     assert rows["raw"]["ms"] == pytest.approx(103)
@@ -3624,9 +3640,7 @@ def test_all_trainees_learn_the_same_task(prepared):
 
 @pytest.mark.parametrize("peers", [True, False])
 def test_bench_train_prints_its_table(tmp_path, monkeypatch, capsys, peers):
-    monkeypatch.setattr(
-        run, "TRAINEES", {k: run.TRAINEES[k] for k in ("ours", "torch")}
-    )
+    monkeypatch.setattr(run, "TRAINEES", {k: run.TRAINEES[k] for k in ("ours", "torch")})
     if not peers:
         growth = run.growth_cases
 
@@ -3687,9 +3701,7 @@ def hub_home(tmp_path_factory, phrases) -> Path:
                 writer.write(row)
             writer.finalize()
         info = {
-            "features": {
-                "translation": {"languages": ["ro", "en"], "_type": "Translation"}
-            },
+            "features": {"translation": {"languages": ["ro", "en"], "_type": "Translation"}},
             "builder_name": "parquet",
             "dataset_name": "wmt16",
             "config_name": "ro-en",
@@ -3708,7 +3720,7 @@ def hub_home(tmp_path_factory, phrases) -> Path:
     model = home / "hub" / "models--t5-small"
     (model / "refs").mkdir(parents=True)
     (model / "refs" / "main").write_text(revision)
-    sides = [[text for pair in phrases[:200] for text in pair]]
+    sides = [text for pair in phrases[:200] for text in pair]
     tokenizer = data.train_tokenizer(sides, 400)
     tokenizer.save_pretrained(model / "snapshots" / revision)
     (model / "snapshots" / revision / "config.json").write_text('{"model_type": "t5"}')
@@ -3722,7 +3734,7 @@ def test_the_tutorial_preset_runs_on_a_cached_wmt16(hub_home, tmp_path):
     done = command("--preset", "tutorial", *sizes, "--output", output, env=env)
     assert done.returncode == 0, done.stderr
     metrics = json.loads((output / "metrics.json").read_text())
-    assert metrics["pairs"] == {"train": 80, "validation": 20}
+    assert metrics["pairs"] == {"train": 80, "validation": 20, "test": 0}
     assert metrics["steps"] == 5 and metrics["tokenizer"] == "t5-small"
     assert "wmt16/ro-en train[:80%]" in done.stdout
 
@@ -3877,9 +3889,7 @@ def test_a_recorded_model_can_be_rebuilt(recorded):
     mlflow.pytorch.autolog(disable=True)  # its constructor switches it on
     rebuilt.model.load_state_dict(model.state_dict())
     source, target = random_ids(2, 6), random_ids(2, 5)
-    assert torch.equal(
-        rebuilt.model.eval()(source, target), model.eval()(source, target)
-    )
+    assert torch.equal(rebuilt.model.eval()(source, target), model.eval()(source, target))
 
 
 @needs_modlee
@@ -3951,12 +3961,8 @@ def workshop(folder, hub_home, tmp_path_factory) -> Path:
 def test_every_test_that_the_readme_names_is_there():
     tests = [name for name in globals() if name.startswith("test_")]
     _, table = README.split("## Promises")
-    names = re.findall(
-        r"`(\w+)`", "".join(re.findall(r"\| (.*) \|$", table, re.MULTILINE))
-    )
-    promised = [
-        name for name in names if not name.isupper() and "_" in name or name == "key"
-    ]
+    names = re.findall(r"`(\w+)`", "".join(re.findall(r"\| (.*) \|$", table, re.MULTILINE)))
+    promised = [name for name in names if not name.isupper() and "_" in name or name == "key"]
     assert len(promised) > 15
     for name in promised:
         assert any(name in test for test in tests), name
@@ -3975,9 +3981,7 @@ def test_every_command_of_the_readme_is_known():
 def test_every_command_of_the_readme_runs(line, workshop, hub_home):
     """Made small by flags at its end; `bench` has tests of its own and runs in `.ci/run`."""
     line = line.replace(".venv/bin/python", sys.executable)
-    line = line.replace(
-        ".venv/bin/torchrun", f"{sys.executable} -m torch.distributed.run"
-    )
+    line = line.replace(".venv/bin/torchrun", f"{sys.executable} -m torch.distributed.run")
     line = line.replace(".venv/bin/mlflow", f"{sys.executable} -m mlflow")
     env = os.environ | {"HF_HOME": str(hub_home), "HF_HUB_OFFLINE": "1"}
     env["PYTHONPATH"] = str(HERE)
@@ -4016,7 +4020,7 @@ def interrupt(output: Path) -> None:
     more = ("--no-modlee", "--loop", "raw", "--checkpoint-every", 3)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(MemoryError):
         patch.setattr(run.Progress, "end_epoch", die)
-        main(*SMALL, *more, "--cache", output.parent / "cache", "--output", output)
+        main(*SMALL, *more, "--output", output)
 
 
 def look_at_mlflow(line: str, root: Path, env: dict) -> None:
