@@ -127,10 +127,14 @@ class Table(NamedTuple):
     names: list[str] | None = None  # of the columns; None: the first row may be a header
 
 
-def read_lines(path: Path) -> Iterator[tuple[str, str]]:
-    """(place, line without its end) of a UTF-8 file. Raises InputError with the line's number."""
+def _require_file(path: Path) -> None:
     if not path.is_file():
         raise InputError(f"{path} {'is not a regular file' if path.exists() else 'does not exist'}")
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """(place, line without its end) of a UTF-8 file. Raises InputError with the line's number."""
+    _require_file(path)
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
             place = f"{path}:{number}"
@@ -169,8 +173,18 @@ def _aligned_table(paths: list[Path], languages: tuple[str, str]) -> Table:
     return Table(label, rows(), names if known else None)
 
 
+def _import_datasets():
+    """Hugging Face's `datasets`, silent: what it reports it also raises."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    return datasets
+
+
 def _file_table(kind: str, path: Path) -> Table:
     """A csv, json or parquet file, read by `datasets`, streaming, which leaves no cache."""
+    _require_file(path)
     lines = read_lines(path) if kind != "parquet" else ()
     empty, options = True, {"data_files": str(path), "split": "train", "streaming": True}
     for place, line in lines:  # checked here, because errors of `datasets` tell no line
@@ -181,8 +195,7 @@ def _file_table(kind: str, path: Path) -> Table:
         return Table(str(path), iter(()))
 
     def load():
-        import datasets
-
+        datasets = _import_datasets()
         if kind == "csv":
             with path.open(encoding="utf-8-sig", newline="") as file:
                 columns = [str(number) for number, _ in enumerate(next(csv.reader(file)))]
@@ -201,10 +214,6 @@ def _datasets_table(label: str, load: Callable) -> Table:
     {"translation": {"en": .., "ro": ..}}."""
 
     def records() -> Iterator[dict]:
-        import datasets
-
-        datasets.disable_progress_bars()
-        datasets.logging.set_verbosity(logging.CRITICAL)  # errors are raised as well
         try:
             for batch in load().iter(BATCH_ROWS):
                 for values in zip(*batch.values()):
@@ -259,9 +268,7 @@ def hub_reachable(seconds: float = 5.0) -> bool:
 def _hub_dataset(name: str, subset: str | None, split: str | None):
     """A split of a hub data set; None: all of them by name. Raises InputError."""
     online = hub_reachable()
-    import datasets
-
-    datasets.disable_progress_bars()
+    datasets = _import_datasets()
     try:
         return datasets.load_dataset(name, subset, split=split)
     except Exception as error:  # noqa: BLE001 - of many kinds, others in every version
@@ -560,11 +567,11 @@ def decode_ids(ids: list[list[int]], tokenizer, language: str) -> list[str]:
 
 
 def round_trip_loss(texts: list[str], tokenizer, language: str, sample: int = 5000) -> float:
-    """Share of the texts that encoding and decoding changes, of about `sample` of them.
+    """Share of the texts that encoding and decoding changes, of `sample` of them.
 
     It sees what a share of `<unk>` does not: a vocabulary without `<unk>` leaves letters out.
     """
-    texts = texts[:: max(1, len(texts) // sample)]
+    texts = random.Random(0).sample(texts, min(sample, len(texts)))
     decoded = decode_ids(encode_texts(texts, tokenizer), tokenizer, language)
     return sum(a != b for a, b in zip(texts, decoded)) / max(1, len(texts))
 

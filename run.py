@@ -2563,8 +2563,8 @@ class Engine:
                 ids, log_probs, score = [self.numbers[token] for token in tokens][:limit], [], None
                 if options.scores:  # of the whole; what each token adds is not told
                     score = result.scores[place]
-                    total = score * len(tokens) ** options.length_penalty
-                    log_probs = [total / len(tokens)] * len(tokens)
+                    count = max(1, len(tokens))  # none for a source that is eos alone
+                    log_probs = [score * count**options.length_penalty / count] * len(tokens)
                 hypotheses[-1].append(Hypothesis(ids, log_probs, score))
         return hypotheses
 

@@ -528,21 +528,20 @@ class _ProjectedLoss(torch.autograd.Function):
         if needs_grad:
             grad_x = torch.empty_like(x)
             grad_w = torch.empty_like(w) if len(x) else torch.zeros_like(w)
-        with torch.autocast(x.device.type, enabled=False):
-            for start in range(0, len(x), size):
-                piece = slice(start, start + size)
-                part = logits[: len(x[piece])]  # [C, V]
-                torch.mm(x[piece], w.t(), out=part)
-                parts = part.split(rows), labels[piece].split(rows), losses[piece].split(rows)
-                for few, wanted, loss in zip(*parts):
-                    _cross_entropy(few, wanted, loss, smoothing, work)
-                if needs_grad:  # `part` holds the gradient of the logits now
-                    if start:
-                        # Summed in float32, as a copy: adding two dtypes is slow on a CPU.
-                        before = grad_w.to(torch.float32, copy=True)
-                        grad_before = before if grad_before is None else grad_before + before
-                    torch.mm(part, w, out=grad_x[piece])
-                    torch.mm(part.t(), x[piece], out=grad_w)
+        for start in range(0, len(x), size):
+            piece = slice(start, start + size)
+            part = logits[: len(x[piece])]  # [C, V]
+            torch.mm(x[piece], w.t(), out=part)
+            parts = part.split(rows), labels[piece].split(rows), losses[piece].split(rows)
+            for few, wanted, loss in zip(*parts):
+                _cross_entropy(few, wanted, loss, smoothing, work)
+            if needs_grad:  # `part` holds the gradient of the logits now
+                if start:
+                    # Summed in float32, as a copy: adding two dtypes is slow on a CPU.
+                    before = grad_w.to(torch.float32, copy=True)
+                    grad_before = before if grad_before is None else grad_before + before
+                torch.mm(part, w, out=grad_x[piece])
+                torch.mm(part.t(), x[piece], out=grad_w)
         ctx.rows = len(weight)
         ctx.save_for_backward(grad_x, grad_w, grad_before)
         return losses.masked_fill_(labels == config.pad_id, 0).sum()
