@@ -505,12 +505,12 @@ def test_ctranslate2_translates_alike(kind, norm_first, tied, tmp_path):
 
 
 def test_ctranslate2_finds_what_our_beams_find(learnt, tmp_path):
-    """Nearly always (ties apart), with the same scores; int8 changes little."""
+    """Mostly: it ends its search at another time. Where it does, with the same score."""
     pytest.importorskip("ctranslate2")
     model, source, _ = learnt
     tokens = [f"t{i}" for i in range(50)]
     rows = without_pads(source)
-    for quantization, share in ((None, 0.95), ("int8", 0.8)):
+    for quantization, share in ((None, 0.8), ("int8", 0.7)):
         run.to_ctranslate2(model, tokens, tmp_path, quantization)
         engine = run.Engine(tmp_path, model.config, tokens, "cpu")
         for beam in (1, 4):
@@ -1341,7 +1341,7 @@ def test_a_tokenizer_that_loses_letters_is_noticed(tmp_path):
     texts = ["the house", "nouă", "new", "țară"]
     assert data.round_trip_loss(texts, lossy, "ro") == 0.5
     assert data.round_trip_loss(texts, data.train_tokenizer(texts, 300), "ro") == 0.0
-    assert data.round_trip_loss(texts * 1000, lossy, "ro", sample=50) == pytest.approx(0.5, abs=0.1)
+    assert data.round_trip_loss(texts * 1000, lossy, "ro", sample=500) == pytest.approx(0.5, abs=0.1)
     assert data.round_trip_loss([], lossy, "ro") == 0.0
 
 
@@ -2575,8 +2575,9 @@ def test_a_resumed_run_walks_the_same_path(prepared, loop, modlee, tmp_path, mon
     progress = run.Progress(save=save, every=(1, math.inf))
     raw, raw_progress, _ = fit(prepared, "raw", progress=progress, **settings | {"modlee": False})
     kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert kept == ["settings.json", "step-000000007.pt", "step-000000008.pt"]
     steps = math.ceil(math.ceil(len(prepared.train) / 64) / 3)
+    newest = [f"step-{step:09}.pt" for step in (2 * steps - 1, 2 * steps)]
+    assert kept == ["settings.json", *newest]
     assert sorted(states) == list(range(1, 2 * steps + 1))
     for step in (2, steps, steps + 1, 2 * steps):
         state = torch.load(io.BytesIO(states[step]), weights_only=True)
