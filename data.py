@@ -87,6 +87,7 @@ _INVISIBLE = re.compile(
 )
 
 
+@lru_cache
 def language_code(name: str) -> str:
     """ "ro" for ro, RO, ron, ro-RO, ron_Latn, Romanian; a language that is not in `LANGUAGES` keeps
     its name, in lower case."""
@@ -100,6 +101,8 @@ def language_code(name: str) -> str:
 def normalize(text: str, language: str) -> str:
     """Unicode NFC and single spaces; of English and Romanian without characters that nobody sees,
     of Romanian with comma-below ș ț. `language`: any spelling."""
+    if text.isascii():  # which most English is: four times as fast
+        return " ".join(text.split())
     code = language_code(language)
     if code in LANGUAGES:
         text = _INVISIBLE.sub("", text)
@@ -1034,17 +1037,15 @@ class PaddedPairs(TensorDataset):
 # ---- the built-in corpus -------------------------------------------------------------------------
 #
 # An invented phrasebook: a grammar that builds an English sentence and its Romanian translation side
-# by side. It is no benchmark, but it takes more than replacing words: adjectives after the noun,
-# agreement in gender and number, the suffixed article and the prepositions that drop it, verb
-# persons, clitics (also doubling a human object: "Îl văd pe profesor"), dative "a plăcea", numerals
-# that agree, questions that invert.
+# by side. It is no benchmark, but takes more than replacing words: adjectives after the noun,
+# agreement in gender and number, the suffixed article and prepositions that drop it, verb persons,
+# clitics (also doubling a human object: "Îl văd pe profesor"), dative "a plăcea", numerals.
 
 # English singular, plural; gender; kind (h human, a animal, t thing, p place); Romanian singular,
 # with the article, plural, with the article.
 _NOUNS = """
 teacher teachers m h profesor profesorul profesori profesorii
 doctor doctors m h doctor doctorul doctori doctorii
-student students m h student studentul studenți studenții
 neighbour neighbours m h vecin vecinul vecini vecinii
 child children m h copil copilul copii copiii
 girl girls f h fată fata fete fetele
@@ -1054,22 +1055,16 @@ dog dogs m a câine câinele câini câinii
 horse horses m a cal calul cai caii
 bird birds f a pasăre pasărea păsări păsările
 book books f t carte cartea cărți cărțile
-letter letters f t scrisoare scrisoarea scrisori scrisorile
 key keys f t cheie cheia chei cheile
-flower flowers f t floare floarea flori florile
 shirt shirts f t cămașă cămașa cămăși cămășile
 apple apples n t măr mărul mere merele
 knife knives n t cuțit cuțitul cuțite cuțitele
 shoe shoes m t pantof pantoful pantofi pantofii
-phone phones n t telefon telefonul telefoane telefoanele
-car cars f t mașină mașina mașini mașinile
 house houses f p casă casa case casele
 garden gardens f p grădină grădina grădini grădinile
 school schools f p școală școala școli școlile
 city cities n p oraș orașul orașe orașele
-train trains n p tren trenul trenuri trenurile
 """
-
 # English; the kinds it describes; Romanian masculine, feminine, and both plurals (neuter nouns are
 # masculine in the singular and feminine in the plural).
 _ADJECTIVES = """
@@ -1081,13 +1076,10 @@ new tp nou nouă noi noi
 old a bătrân bătrână bătrâni bătrâne
 old tp vechi veche vechi vechi
 tired ha obosit obosită obosiți obosite
-happy ha fericit fericită fericiți fericite
 tall h înalt înaltă înalți înalte
-white atp alb albă albi albe
 black atp negru neagră negri negre
 red tp roșu roșie roșii roșii
 """
-
 # English base, third person, past ("_" is a space); the kinds of its object, "-" for a place; who
 # does it; Romanian I, you, he, we, they; past participle; infinitive.
 _VERBS = """
@@ -1095,33 +1087,25 @@ see sees saw hatp ha văd vezi vede vedem văd văzut vedea
 find finds found hat ha găsesc găsești găsește găsim găsesc găsit găsi
 look_for looks_for looked_for hat ha caut cauți caută căutăm caută căutat căuta
 hear hears heard ha ha aud auzi aude auzim aud auzit auzi
-love loves loved ha h iubesc iubești iubește iubim iubesc iubit iubi
 help helps helped h h ajut ajuți ajută ajutăm ajută ajutat ajuta
-wait_for waits_for waited_for h h aștept aștepți așteaptă așteptăm așteaptă așteptat aștepta
 call calls called h h chem chemi cheamă chemăm cheamă chemat chema
 buy buys bought at h cumpăr cumperi cumpără cumpărăm cumpără cumpărat cumpăra
 sell sells sold at h vând vinzi vinde vindem vând vândut vinde
 lose loses lost t h pierd pierzi pierde pierdem pierd pierdut pierde
 sleep sleeps slept - ha dorm dormi doarme dormim dorm dormit dormi
 eat eats ate - ha mănânc mănânci mănâncă mâncăm mănâncă mâncat mânca
-stay stays stayed - ha stau stai stă stăm stau stat sta
 sing sings sang - h cânt cânți cântă cântăm cântă cântat cânta
 """
-
-_TENSES = ("present", "past", "future")
-_PERSONS = {"I": 0, "you": 1, "he": 2, "she": 2, "we": 3, "they": 4}
-_SUBJECTS = {"he": "el", "she": "ea", "they": "ei"}  # Romanian drops the others
-_OBJECTS = {"me": "mă", "you": "te", "him": "îl", "her": "o", "us": "ne", "them": "îi"}
-_OWN_OBJECTS = {"I": "me us", "you": "you", "we": "me us"}  # would be reflexive
-_SHORT = {"mă": "m-", "te": "te-", "îl": "l-", "ne": "ne-", "îi": "i-", "le": "le-"}
-# Subject of "to like": emphatic pronoun, long and short clitic.
-_DATIVES = {"I": "_ îmi mi-", "you": "_ îți ți-", "he": "lui îi i-", "she": "ei îi i-"}
-_DATIVES |= {"we": "_ ne ne-", "they": "lor le le-"}
-_HAVE = ["am", "ai", "a", "am", "au"]  # auxiliary of the past
-_WILL = ["voi", "vei", "va", "vom", "vor"]
-_TO_BE = {"present": ("am are is are are", "sunt ești este suntem sunt")}
-_TO_BE |= {"past": ("was were was were were", "eram erai era eram erau")}
-_TO_BE |= {"future": ("will will will will will", "voi vei va vom vor")}
+# English subject and object; person; Romanian subject, where it is not dropped; form of adjectives;
+# clitic as object, and before "am"; emphatic dative; clitic as dative, and before "am".
+_PRONOUNS = """
+I me 0 _ 0 mă m- _ îmi mi-
+you you 1 _ 0 te te- _ îți ți-
+he him 2 el 0 îl l- lui îi i-
+she her 2 ea 1 o _ ei îi i-
+we us 3 _ 2 ne ne- _ ne ne-
+they them 4 ei 2 îi i- lor le le-
+"""
 # Masculine, feminine, and the plurals of both.
 _DETERMINERS = {
     "my": "meu mea mei mele",
@@ -1134,12 +1118,17 @@ _DETERMINERS = {
     "those": "_ _ acei acele",
     "two": "_ _ doi două",
     "five": "_ _ cinci cinci",
+    "many": "_ _ mulți multe",
     "twelve": "_ _ doisprezece douăsprezece",
     "twenty": "_ _ douăzeci_de douăzeci_de",
-    "a hundred": "_ _ o_sută_de o_sută_de",
-    "many": "_ _ mulți multe",
 }
 _POSSESSIVE, _DEMONSTRATIVE = ("my", "your", "his", "our"), ("this", "that", "these", "those")
+_SHORT = {"îl": "l-", "îi": "i-", "le": "le-", "mă": "m-", "te": "te-", "ne": "ne-"}
+_TENSES = {  # "to be" in English and Romanian, by person; the auxiliary of other verbs
+    "present": ("am are is are are", "sunt ești este suntem sunt", "_ _ _ _ _"),
+    "past": ("was were was were were", "eram erai era eram erau", "am ai a am au"),
+    "future": ("will will will will will", "voi vei va vom vor", "voi vei va vom vor"),
+}
 
 
 def _join(*words: str) -> str:
@@ -1151,49 +1140,41 @@ class _Grammar:
 
     def __init__(self, seed: int):
         self.random = random.Random(seed)
-        tables = (_NOUNS, _ADJECTIVES, _VERBS)
-        self.nouns, self.adjectives, self.verbs = (
-            [line.split() for line in table.strip().splitlines()] for table in tables
+        self.nouns, self.adjectives, self.verbs, self.pronouns = (
+            [line.split() for line in table.strip().splitlines()]
+            for table in (_NOUNS, _ADJECTIVES, _VERBS, _PRONOUNS)
         )
 
     def pick(self, options: Iterable):
         return self.random.choice(list(options))
 
-    def chance(self, probability: float) -> bool:
-        return self.random.random() < probability
-
     def noun_phrase(self, kinds: str, determiners: tuple[str, ...] = ("the", "a", *_DETERMINERS)):
         """A noun of one of the kinds, with a determiner and perhaps an adjective."""
         word = self.pick(determiners)
         forms = _DETERMINERS.get(word, "_ _ _ _").split()
-        plural = self.chance(0.35) if word == "the" or word in _POSSESSIVE else forms[0] == "_"
-        plural = plural and word != "a"
-        en, en_plural, gender, kind, *ro_forms = self.pick(n for n in self.nouns if n[3] in kinds)
+        either = word == "the" or word in _POSSESSIVE
+        plural = word != "a" and (self.random.random() < 0.35 if either else forms[0] == "_")
+        *en, gender, kind, _, _, _, _ = noun = self.pick(n for n in self.nouns if n[3] in kinds)
         form = 2 * plural + (gender == "f" or (gender == "n" and plural))
-        described = self.chance(0.45)
         adjective = self.pick(a for a in self.adjectives if kind in a[1])
-        en_words = [adjective[0] if described else "", en_plural if plural else en]
-        ro_adjective = adjective[2 + form] if described else ""
-        indefinite, definite = ro_forms[2 * plural : 2 * plural + 2]
-        if word == "the":
-            ro = _join(definite, ro_adjective)
+        adjective = self.pick(([""] * 6, adjective))
+        indefinite, definite = noun[4 + 2 * plural : 6 + 2 * plural]
+        en = _join(adjective[0], en[plural])
+        ro = _join(forms[form], indefinite, adjective[2 + form])
+        if either:
+            ro = _join(definite, forms[form], adjective[2 + form])
         elif word == "a":
-            word = "an" if _join(*en_words)[0] in "aeiou" else "a"
-            ro = _join("o" if form else "un", indefinite, ro_adjective)
-        elif word in _POSSESSIVE:
-            ro = _join(definite, forms[form], ro_adjective)
-        else:
-            ro = _join(forms[form], indefinite, ro_adjective)
+            word, ro = "an" if en[0] in "aeiou" else "a", f"{'o' if form else 'un'} {ro}"
         return {
-            "en": _join(word, *en_words),
+            "en": f"{word} {en}",
             "ro": ro,
             # A preposition drops the article of a noun that stands alone: "în grădină".
-            "governed": indefinite if word == "the" and not described else ro,
+            "governed": indefinite if word == "the" and not adjective[0] else ro,
             "person": 4 if plural else 2,
             "form": form,
             "kind": kind,
             "clitic": ("îl", "o", "îi", "le")[form],
-            "definite": word == "the" or word in _POSSESSIVE + _DEMONSTRATIVE,
+            "definite": either or word in _DEMONSTRATIVE,
         }
 
     def place(self) -> tuple[str, str]:
@@ -1201,25 +1182,23 @@ class _Grammar:
         en, ro = self.pick((("in", "în"), ("near", "lângă")))
         return f"{en} {place['en']}", f"{ro} {place['governed']}"
 
-    def subject(self, kinds: str, pronouns: Iterable[str] = _PERSONS) -> dict:
-        if self.chance(0.5):
-            return self.noun_phrase(kinds)
-        en = self.pick(pronouns)
-        form = {"she": 1, "they": 2}.get(en, 0)
-        ro, person = _SUBJECTS.get(en, ""), _PERSONS[en]
-        return {"en": en, "ro": ro, "person": person, "form": form, "kind": "h"}
+    def subject(self, kinds: str) -> dict:
+        en, _, person, ro, form, *_ = self.pick(self.pronouns)
+        pronoun = {"en": en, "ro": ro, "person": int(person), "form": int(form), "kind": "h"}
+        return self.pick((pronoun, self.noun_phrase(kinds)))
 
-    def action(self, question: bool) -> tuple[str, str]:
-        """A subject, a verb in one of three tenses, and an object or a place."""
-        subject = self.subject("hha")
+    def action(self, tense: str, no: str, question: bool) -> tuple[str, str]:
+        """A subject, a verb, and an object or a place."""
+        subject, clitic = self.subject("hha"), ""
         verb = self.pick(v for v in self.verbs if subject["kind"] in v[4])
-        tense, negative, clitic = self.pick(_TENSES), self.chance(0.25), ""
         if verb[3] == "-":
             en_object, ro_object = self.place()
-        elif "h" in verb[3] and self.chance(0.3):
-            own = _OWN_OBJECTS.get(subject["en"], "").split()
-            en_object, ro_object = self.pick(o for o in _OBJECTS if o not in own), ""
-            clitic = _OBJECTS[en_object]
+        elif "h" in verb[3] and self.random.random() < 0.3:  # not "I see me", "we see me"
+            first, others = subject["en"] in ("I", "we"), ("he", "she", "they")
+            fits = (p for p in self.pronouns if p[0] in others or (p[0] in ("I", "we")) != first)
+            fits = (p for p in fits if p[0] != "you" or subject["en"] != "you")
+            _, en_object, _, _, _, clitic, *_ = self.pick(fits)
+            ro_object = ""
         else:
             thing = self.noun_phrase(verb[3])
             en_object, ro_object = thing["en"], thing["ro"]
@@ -1227,74 +1206,66 @@ class _Grammar:
                 # A definite person is doubled by a clitic and marked with "pe".
                 ro_object, clitic = f"pe {thing['governed']}", thing["clitic"]
         person, (*present, participle, infinitive) = subject["person"], verb[5:]
-        ro_verb = {
-            "present": _join(clitic, present[person]),
-            "past": _SHORT.get(clitic, "") + f"{_HAVE[person]} {participle}",
-            "future": _join(clitic, _WILL[person], infinitive),
-        }[tense]
-        if tense == "past" and clitic == "o":  # the only clitic that follows the participle
-            ro_verb += "-o"
-        ro_verb = _join("nu" if negative else "", ro_verb)
-        why = question and not negative and self.chance(0.5)  # moves the subject behind the verb
-        ro = ("de ce", ro_verb, subject["ro"]) if why else (subject["ro"], ro_verb)
-        english = _english(subject, verb, tense, negative, question, en_object)
-        return _join("why" if why else "", english), _join(*ro, ro_object)
-
-    def state(self, question: bool) -> tuple[str, str]:
-        """To be something, or somewhere."""
-        if self.chance(0.6):
-            subject = self.subject("hatp", ("he", "she", "they"))
-            fitting = (a for a in self.adjectives if subject["kind"] in a[1])
-            adjective = self.pick(a for a in fitting if a[0] not in subject["en"].split())
-            en_what, ro_what = adjective[0], adjective[2 + subject["form"]]
+        auxiliary = _TENSES[tense][2].split()[person]
+        if tense == "past":  # "o" alone follows the participle
+            last = f"{participle}-o" if clitic == "o" else participle
+            ro_verb = _SHORT.get(clitic, "") + f"{auxiliary} {last}"
         else:
-            subject = self.subject("hat")
+            ro_verb = _join(
+                clitic, auxiliary, present[person] if tense == "present" else infinitive
+            )
+        english = _english(subject, verb, tense, no, question, en_object)
+        if question and not no and self.random.random() < 0.5:  # the subject goes behind the verb
+            return f"why {english}", _join("de ce", ro_verb, subject["ro"], ro_object)
+        return english, _join(subject["ro"], "nu" if no else "", ro_verb, ro_object)
+
+    def state(self, tense: str, no: str, question: bool) -> tuple[str, str]:
+        """To be something, or somewhere."""
+        subject = self.subject("hatp")
+        fits = (a for a in self.adjectives if subject["kind"] in a[1])
+        adjective = self.pick(a for a in fits if a[0] not in subject["en"].split())
+        en_what, ro_what = adjective[0], adjective[2 + subject["form"]]
+        if subject["kind"] in "ha" and self.random.random() < 0.5:
             en_what, ro_what = self.place()
-        tense, negative = self.pick(_TENSES), "not" if self.chance(0.25) else ""
-        en_be, ro_be = (forms.split()[subject["person"]] for forms in _TO_BE[tense])
+        en_be, ro_be = (forms.split()[subject["person"]] for forms in _TENSES[tense][:2])
         en = (en_be, subject["en"]) if question else (subject["en"], en_be)
         be, fi = ("be", "fi") if tense == "future" else ("", "")
-        ro_negative = "nu" if negative else ""
-        return (
-            _join(*en, negative, be, en_what),
-            _join(subject["ro"], ro_negative, ro_be, fi, ro_what),
-        )
+        romanian = _join(subject["ro"], "nu" if no else "", ro_be, fi, ro_what)
+        return _join(*en, no, be, en_what), romanian
 
-    def liking(self, question: bool) -> tuple[str, str]:
+    def liking(self, tense: str, no: str, question: bool) -> tuple[str, str]:
         """What is liked becomes the subject, and who likes it a dative: "Îmi place casa"."""
-        who = self.pick(_DATIVES)
+        en, _, person, *_, emphatic, clitic, short = self.pick(self.pronouns)
         thing = self.noun_phrase("hatp", ("the", "the", *_POSSESSIVE, *_DEMONSTRATIVE))
-        tense, negative = self.pick(_TENSES), self.chance(0.3)
-        emphatic, clitic, short = _DATIVES[who].split()
         plural = thing["person"] == 4
         ro_verb = {
             "present": f"{clitic} {'plac' if plural else 'place'}",
             "past": f"{short}{'au' if plural else 'a'} plăcut",
             "future": f"{clitic} {'vor' if plural else 'va'} plăcea",
         }[tense]
-        subject, verb = {"en": who, "person": _PERSONS[who]}, ("like", "likes", "liked")
-        english = _english(subject, verb, tense, negative, question, thing["en"])
-        return english, _join(emphatic, "nu" if negative else "", ro_verb, thing["ro"])
+        subject, verb = {"en": en, "person": int(person)}, ("like", "likes", "liked")
+        english = _english(subject, verb, tense, no, question, thing["en"])
+        return english, _join(emphatic, "nu" if no else "", ro_verb, thing["ro"])
 
     def sentence(self) -> tuple[str, str]:
         """One pair, with capitals and a final mark."""
-        question = self.chance(0.25)
         make = self.pick((self.action, self.action, self.action, self.state, self.liking))
-        en, ro = make(question)
-        mark = "?" if question else "."
-        return en[0].upper() + en[1:] + mark, ro[0].upper() + ro[1:] + mark
+        question = self.random.random() < 0.25
+        pair = make(self.pick(_TENSES), self.pick(("", "", "", "not")), question)
+        en, ro = (text[0].upper() + text[1:] + (".?"[question]) for text in pair)
+        return en, ro
 
 
-def _english(subject, verb, tense: str, negative: bool, question: bool, rest: str) -> str:
+def _english(subject: dict, verb, tense: str, no: str, question: bool, rest: str) -> str:
     base, third, past = verb[:3]
-    singular = subject["person"] == 2
-    helper = {"past": "did", "future": "will"}.get(tense, "does" if singular else "do")
+    helper = {"past": "did", "future": "will"}.get(
+        tense, "does" if subject["person"] == 2 else "do"
+    )
     if question:
-        return _join(helper, subject["en"], "not" if negative else "", base, rest)
-    if negative or tense == "future":
-        return _join(subject["en"], helper, "not" if negative else "", base, rest)
-    finite = past if tense == "past" else third if singular else base
-    return _join(subject["en"], finite, rest)
+        return _join(helper, subject["en"], no, base, rest)
+    if no or tense == "future":
+        return _join(subject["en"], helper, no, base, rest)
+    return _join(subject["en"], {"do": base, "does": third, "did": past}[helper], rest)
 
 
 def phrasebook(count: int = 50_000, seed: int = 0) -> Iterator[tuple[str, str]]:

@@ -994,15 +994,15 @@ def test_the_phrasebook_speaks_romanian(phrases):
     known = dict(phrases)
     for english, romanian in (
         ("I called him.", "L-am chemat."),
-        ("We heard her.", "Am auzit-o."),
-        ("They heard the doctor.", "Ei l-au auzit pe doctor."),
-        ("Why did she hear the girl?", "De ce a auzit-o ea pe fată?"),
+        ("I saw her.", "Am văzut-o."),
+        ("I call the doctor.", "Îl chem pe doctor."),
+        ("I heard the girl.", "Am auzit-o pe fată."),
+        ("They will see my girls.", "Ei le vor vedea pe fetele mele."),
         ("Why did she sell that horse?", "De ce a vândut ea acel cal?"),
-        ("He did not like these white apples.", "Lui nu i-au plăcut aceste mere albe."),
-        ("We liked the good children.", "Ne-au plăcut copiii buni."),
-        ("She was in the house.", "Ea era în casă."),
-        ("She is in your old house.", "Ea este în casa ta veche."),
-        ("They will call these happy nurses.", "Ei le vor chema pe aceste asistente fericite."),
+        ("We liked the good neighbour.", "Ne-a plăcut vecinul bun."),
+        ("Did he not like the keys?", "Lui nu i-au plăcut cheile?"),
+        ("She was in the city.", "Ea era în oraș."),
+        ("She is in your red house.", "Ea este în casa ta roșie."),
     ):
         assert known[english] == romanian
 
@@ -1011,10 +1011,10 @@ def test_numerals_agree_and_take_de(phrases):
     seen = set()
     for english, romanian in phrases:
         for pattern, expected in (
-            ("twelve books", "douăsprezece cărți"),
-            ("twelve students", "doisprezece studenți"),
+            ("twelve shirts", "douăsprezece cămăși"),
+            ("twelve doctors", "doisprezece doctori"),
             ("twenty knives", "douăzeci de cuțite"),
-            ("a hundred dogs", "o sută de câini"),
+            ("many dogs", "mulți câini"),
         ):
             if pattern in english.lower():
                 assert expected in romanian.lower()
@@ -1341,7 +1341,9 @@ def test_a_tokenizer_that_loses_letters_is_noticed(tmp_path):
     texts = ["the house", "nouă", "new", "țară"]
     assert data.round_trip_loss(texts, lossy, "ro") == 0.5
     assert data.round_trip_loss(texts, data.train_tokenizer(texts, 300), "ro") == 0.0
-    assert data.round_trip_loss(texts * 1000, lossy, "ro", sample=500) == pytest.approx(0.5, abs=0.1)
+    assert data.round_trip_loss(texts * 1000, lossy, "ro", sample=500) == pytest.approx(
+        0.5, abs=0.1
+    )
     assert data.round_trip_loss([], lossy, "ro") == 0.0
 
 
@@ -3953,10 +3955,6 @@ def workshop(folder, hub_home, tmp_path_factory) -> Path:
     for name in ("pairs", "rosts.en-ro", "tatoeba.en-ro"):
         rows = list(data.phrasebook(400, seed=len(name)))
         write_pairs(root / f"{name}.tsv", rows)
-    (root / "parts").mkdir()
-    for number, part in enumerate(("train", "validation", "test")):
-        rows = list(data.phrasebook(350 if number == 0 else 20, seed=number))
-        write_pairs(root / "parts" / f"{part}.tsv", rows)
     (root / "lines.en").write_text("I see a dog.\n\nThe cat sleeps.\n")
     return root
 
@@ -3992,14 +3990,13 @@ def test_every_command_of_the_readme_runs(line, workshop, hub_home):
     if "mlflow" in line:
         look_at_mlflow(line, workshop, env)
         return
-    is_training = not re.search(r"run\.py (translate|evaluate|export|split)", line)
+    is_training = not re.search(r"run\.py (translate|evaluate|export)", line)
     if "--resume" in line:
         interrupt(workshop / "runs" / "NAME")
-    elif " split " in line:
-        again = f" split again-{len(line)} --validation 20 --test 20"
-        line = re.sub(r" split \w+", again, line)
+    elif "ctranslate2" in line or "--model fast" in line:
+        pytest.importorskip("ctranslate2")
     elif is_training:
-        line += " " + " ".join(map(str, SMALL)) + " --no-modlee --device cpu --beam 1"
+        line += " " + " ".join(map(str, SMALL)) + " --no-modlee --device cpu --beam 1 --test-size 20"
     done = subprocess.run(
         line,
         shell=True,
