@@ -158,19 +158,18 @@ class Attention(nn.Module):
         self.in_proj = nn.Linear(d_model, 3 * d_model)
         self.out_proj = nn.Linear(d_model, d_model)
 
-    def project(self, x: Tensor, first: int, count: int) -> Tensor:
-        """`count` projections (0 query, 1 key, 2 value), from number `first` on, of x [N, D].
+    def project(self, x: Tensor, first: int, count: int, tokens: Unpadded | None = None) -> Tensor:
+        """`count` of the projections (0 query, 1 key, 2 value), from number `first` on.
 
-        Returns: [N, count * D].
+        x [N, D] of the real `tokens`, or without them [B, T, D] -> [count, B, H, T, Dh].
         """
         weight, bias = self.in_proj.weight, self.in_proj.bias
         if count < 3:
             rows = slice(first * x.size(-1), (first + count) * x.size(-1))
             weight, bias = weight[rows], bias[rows]
-        return F.linear(x, weight, bias)
-
-    def split_heads(self, projected: Tensor, count: int) -> Tensor:
-        """[B, T, count * D] -> [count, B, H, T, Dh]."""
+        projected = F.linear(x, weight, bias)
+        if tokens is not None:
+            projected = tokens.pad(projected)  # [N, count * D] -> [B, T, count * D]
         batch, length, width = projected.shape
         heads = projected.view(batch, length, count, self.nhead, width // count // self.nhead)
         return heads.permute(2, 0, 3, 1, 4)  # [B, T, count, H, Dh] -> [count, B, H, T, Dh]
@@ -200,8 +199,8 @@ class Attention(nn.Module):
 # ---- layers --------------------------------------------------------------------------------------
 
 
-class _Layer(nn.Module):
-    """What encoder and decoder layers share: residual branches, self-attention, feed-forward."""
+class EncoderLayer(nn.Module):
+    """Self-attention and feed-forward (Vaswani et al. 2017, section 3.1)."""
 
     def __init__(self, config: Seq2SeqConfig):
         super().__init__()
@@ -212,6 +211,11 @@ class _Layer(nn.Module):
         self.linear1 = nn.Linear(config.d_model, config.dim_feedforward)
         self.linear2 = nn.Linear(config.dim_feedforward, config.d_model)
         self.feed_forward_norm = nn.LayerNorm(config.d_model)
+
+    def forward(self, x: Tensor, source: Unpadded, positions: nn.Module) -> Tensor:
+        """x [N, D], the real tokens of `source`; `positions` of the model -> [N, D]."""
+        x = self.attend_to_self(x, source, positions)
+        return self.residual(x, self.feed_forward_norm, self.feed_forward)
 
     def residual(self, x: Tensor, norm: nn.LayerNorm, branch: Callable) -> Tensor:
         """x + branch(x), normalised before the branch (pre-LN) or after the sum (post-LN)."""
@@ -224,8 +228,7 @@ class _Layer(nn.Module):
         attention = self.self_attention
 
         def branch(h: Tensor) -> Tensor:
-            projected = tokens.pad(attention.project(h, 0, 3))  # [N, 3 * D] -> [B, T, 3 * D]
-            heads = attention.split_heads(projected, 3)
+            heads = attention.project(h, 0, 3, tokens)  # [3, B, H, T, Dh]
             query, key = positions.rotate(heads[:2])
             mixed = attention(query, key, heads[2], tokens.mask, tokens.is_causal)
             return attention.out_proj(tokens.unpad(mixed))
@@ -236,27 +239,13 @@ class _Layer(nn.Module):
         return self.linear2(F.relu(self.linear1(x), inplace=True))  # [N, D] -> [N, F] -> [N, D]
 
 
-class EncoderLayer(_Layer):
-    """Self-attention and feed-forward (Vaswani et al. 2017, section 3.1)."""
-
-    def forward(self, x: Tensor, source: Unpadded, positions: nn.Module) -> Tensor:
-        """x [N, D], the real tokens of `source`; `positions` of the model -> [N, D]."""
-        x = self.attend_to_self(x, source, positions)
-        return self.residual(x, self.feed_forward_norm, self.feed_forward)
-
-
-class DecoderLayer(_Layer):
+class DecoderLayer(EncoderLayer):
     """Causal self-attention, attention to the source, feed-forward."""
 
     def __init__(self, config: Seq2SeqConfig):
         super().__init__(config)
         self.cross_attention = Attention(config.d_model, config.nhead)
         self.cross_attention_norm = nn.LayerNorm(config.d_model)
-
-    def project_memory(self, memory: Tensor, source: Unpadded) -> Tensor:
-        """Keys and values of the source: memory [M, D] -> [2, B, H, S, Dh]."""
-        attention = self.cross_attention
-        return attention.split_heads(source.pad(attention.project(memory, 1, 2)), 2)
 
     def forward(
         self, x: Tensor, target: Unpadded, memory: Tensor, source: Unpadded, positions: nn.Module
@@ -268,8 +257,9 @@ class DecoderLayer(_Layer):
         attention = self.cross_attention
 
         def attend_to_source(h: Tensor) -> Tensor:
-            (query,) = attention.split_heads(target.pad(attention.project(h, 0, 1)), 1)
-            mixed = attention(query, *self.project_memory(memory, source), source.mask)
+            (query,) = attention.project(h, 0, 1, target)
+            key, value = attention.project(memory, 1, 2, source)
+            mixed = attention(query, key, value, source.mask)
             return attention.out_proj(target.unpad(mixed))
 
         x = self.attend_to_self(x, target, positions)
@@ -282,10 +272,9 @@ class DecoderLayer(_Layer):
         A hypothesis has keys and values of its own, in layer `index` of the cache; the K of a
         sentence attend to its memory together.
         """
-
         attention = self.self_attention
         h = self.self_attention_norm(x) if self.norm_first else x
-        heads = attention.split_heads(attention.in_proj(h)[:, None], 3)  # [3, R, H, 1, Dh]
+        heads = attention.project(h[:, None], 0, 3)  # [R, 1, D] -> [3, R, H, 1, Dh]
         query, key = positions.rotate(heads[:2], cache.length)
         mixed = attention(query, *cache.append(index, key, heads[2]), None)  # [R, 1, D]
         x = x + attention.out_proj(mixed[:, 0])
@@ -293,8 +282,7 @@ class DecoderLayer(_Layer):
 
         attention = self.cross_attention
         h = self.cross_attention_norm(x) if self.norm_first else x
-        query = attention.project(h, 0, 1).view(-1, cache.width, x.size(-1))  # [B, K, D]
-        (query,) = attention.split_heads(query, 1)
+        (query,) = attention.project(h.unflatten(0, (-1, cache.width)), 0, 1)  # [B, H, K, Dh]
         mixed = attention(query, *cache.memory[index], cache.source_mask)  # [B, K, D]
         x = x + attention.out_proj(mixed.flatten(0, 1))
         x = x if self.norm_first else self.cross_attention_norm(x)
@@ -596,9 +584,8 @@ class KeyValueCache:
         self.width, self.length = width, 0
         memory, source = model.encode(input_ids)
         self.source_mask = source.mask
-        self.memory = [
-            layer.project_memory(memory, source).contiguous() for layer in model.decoder_layers
-        ]
+        attentions = [layer.cross_attention for layer in model.decoder_layers]
+        self.memory = [x.project(memory, 1, 2, source).contiguous() for x in attentions]
         _, sentences, heads, _, head_dim = self.memory[0].shape
         shape = (2, sentences * width, heads, 16, head_dim)
         self._past = [keys.new_empty(shape) for keys in self.memory]
@@ -707,17 +694,14 @@ def _decode_rows(
 def greedy_decode(
     model: TransformerSeq2SeqModel, input_ids: Tensor, max_new_tokens: int | None = None
 ) -> Tensor:
-    """The likeliest token at every step, until every row has written eos.
-
-    Finished rows leave the batch. Puts the model into eval mode for the call and back afterwards.
+    """The likeliest token at every step, until every row has written eos and left the batch.
 
     Args:
         input_ids: [B, S] int64, padded on the right.
-        max_new_tokens: where a sentence that does not end is cut; default twice its source
-            plus 10, row by row, so that a row does not depend on its neighbours. Never past
-            the table of learned positions.
+        max_new_tokens: where a sentence that does not end is cut; default twice its source plus
+            10, so that a row does not depend on its neighbours. Never past learned positions.
 
-    Returns: [B, T] int64; pads follow the eos of a row.
+    Returns: [B, T] int64; pads follow the eos of a row. The model is in eval mode for the call.
     """
 
     def likeliest(logits: Tensor, rows: list[int], step: int) -> Tensor:

@@ -1331,14 +1331,14 @@ def test_held_out_sentences_are_compared_as_people_read():
 
 def test_a_tokenizer_that_loses_letters_is_noticed(tmp_path):
     """By the round trip: without an unknown token, and without bytes, letters vanish in silence."""
-    from tokenizers import Tokenizer, decoders, models, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     model = Tokenizer(models.BPE())
-    model.decoder = decoders.Fuse()
+    model.pre_tokenizer, model.decoder = pre_tokenizers.Whitespace(), decoders.Fuse()
     model.train_from_iterator(["the house is new"], trainers.BpeTrainer(vocab_size=100))
     lossy = PreTrainedTokenizerFast(tokenizer_object=model, pad_token="<pad>", eos_token="</s>")
-    texts = ["the house", "nouă", "new", "țară"]
+    texts = ["house", "nouă", "new", "țară"]
     assert data.round_trip_loss(texts, lossy, "ro") == 0.5
     assert data.round_trip_loss(texts, data.train_tokenizer(texts, 300), "ro") == 0.0
     assert data.round_trip_loss(texts * 1000, lossy, "ro", sample=500) == pytest.approx(
@@ -2027,15 +2027,14 @@ def test_export_writes_a_folder_for_transformers_alone(folder, tmp_path, capsys)
     batch = tokenizer([text], return_tensors="pt")
     limit = {"max_new_tokens": 2 * batch["input_ids"].size(1) + 10, "max_length": None}
     written = model.generate(**batch, **limit)
-    assert tokenizer.batch_decode(written, skip_special_tokens=True) == [
-        translator.first([text])[0]
-    ]
+    (read,) = tokenizer.batch_decode(written, skip_special_tokens=True)
+    assert data.normalize(read, "ro") == translator.first([text])[0]
     # Spaces and composed letters as in training.
     assert tokenizer("  I see\u00a0a  dog.")["input_ids"] == batch["input_ids"][0].tolist()
     if int(transformers.__version__.split(".")[0]) < 5:  # which has no such pipeline any more
         pipe = transformers.pipeline("translation", model=str(output))
         found = pipe(text, max_new_tokens=limit["max_new_tokens"])
-        assert found[0]["translation_text"] == translator.first([text])[0]
+        assert data.normalize(found[0]["translation_text"], "ro") == translator.first([text])[0]
 
 
 def test_an_engine_folder_translates_and_evaluates_like_its_model(folder, tmp_path, capsys):
@@ -3996,7 +3995,9 @@ def test_every_command_of_the_readme_runs(line, workshop, hub_home):
     elif "ctranslate2" in line or "--model fast" in line:
         pytest.importorskip("ctranslate2")
     elif is_training:
-        line += " " + " ".join(map(str, SMALL)) + " --no-modlee --device cpu --beam 1 --test-size 20"
+        line += (
+            " " + " ".join(map(str, SMALL)) + " --no-modlee --device cpu --beam 1 --test-size 20"
+        )
     done = subprocess.run(
         line,
         shell=True,
