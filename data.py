@@ -622,9 +622,12 @@ class PairDataset(Dataset):
     at `dataset.places[i]`.
     """
 
-    def __init__(self, sides: list[tuple[np.ndarray, np.ndarray]], places: list[str]):
-        """sides: (flat ids int32, offsets int64 [N + 1]) of source and of target."""
-        self.sides, self.places = sides, places
+    def __init__(self, sources: list[np.ndarray], targets: list[np.ndarray], places: list[str]):
+        """sources, targets: int32 ids of each row."""
+        self.places, self.sides = places, []
+        for rows in (sources, targets):
+            offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
+            self.sides.append((np.concatenate([np.array([], np.int32), *rows]), offsets))
 
     def __len__(self) -> int:
         return len(self.places)
@@ -664,30 +667,21 @@ def encode(
 
     Longer ones are dropped and counted, not cut: half a sentence is no translation of a whole one.
     """
-    kept, ids, lengths = [], ([], []), ([], [])
+    kept, sides = [], ([], [])
     for batch in _batched(pairs):
         texts = [[pair[side] for pair in batch] for side in (0, 1)]
-        rows = zip(batch, *(encode_texts(side, tokenizer) for side in texts))
-        flat = ([], [])
-        for pair, *encoded in rows:
+        for pair, *ids in zip(batch, *(encode_texts(side, tokenizer) for side in texts)):
             if len(kept) == limit:
                 break
-            if max(map(len, encoded)) > max_length:
+            if max(map(len, ids)) > max_length:
                 dropped["over-long"] += 1
                 continue
             kept.append(pair)
-            for side in (0, 1):
-                flat[side].extend(encoded[side])
-                lengths[side].append(len(encoded[side]))
-        for side in (0, 1):
-            ids[side].append(np.array(flat[side], np.int32))
+            for side, row in zip(sides, ids):
+                side.append(np.array(row, np.int32))
         if len(kept) == limit:
             break
-    sides = []
-    for side in (0, 1):
-        offsets = np.concatenate([[0], np.cumsum(lengths[side], dtype=np.int64)])
-        sides.append((np.concatenate([*ids[side], np.array([], np.int32)]), offsets))
-    return kept, PairDataset(sides, [pair.place for pair in kept])
+    return kept, PairDataset(*sides, [pair.place for pair in kept])
 
 
 @dataclass
@@ -782,19 +776,16 @@ def prepare(
 class BucketBatchSampler(Sampler[list[int]]):
     """Batches of rows of similar length, in an order that follows from (seed, epoch) alone.
 
-    With `batch_tokens`, every batch is as many rows as fit: rows x the longest source and rows x the
-    longest target are at most that, each rounded up to a `multiple` (a longer row makes a batch by
-    itself). Rows are shuffled, sorted by target length into strata and by source length in each, so
-    that neither side holds many pads; cut into batches, as many in every epoch; and the batches
-    shuffled. With `batch_size`, every batch has so many rows, sorted inside pools of `POOL` batches.
-    `shuffle=False` sorts everything: the least padding, always the same order.
+    A batch has `batch_size` rows, or with `batch_tokens` as many as fit: rows x the longest source
+    and rows x the longest target are at most that, each rounded up to a `multiple` (a longer row
+    makes a batch by itself). Rows are shuffled, sorted by target length into strata and by source
+    length in each, so that neither side holds many pads; cut into batches, as many in every epoch;
+    and the batches shuffled. `shuffle=False`: always the same batches in the same order.
 
     Of `world` processes, each takes every world-th batch, from its `rank` on. All take equally many:
     where the batches run out, an empty one. With `batch_tokens` those taken together are alike, so
     that none waits for another.
     """
-
-    POOL = 100
 
     def __init__(
         self,
@@ -827,41 +818,23 @@ class BucketBatchSampler(Sampler[list[int]]):
         count = len(self.source_lengths)
         random_state = np.random.default_rng([self.seed, epoch])
         rows = random_state.permutation(count) if self.shuffle else np.arange(count)
-        if self.batch_tokens is None:
-            batches = self._cut_by_size(rows)
-            together = 1
-        else:
-            batches = self._cut_by_tokens(rows)
-            together = self.world
-        if self.shuffle:
-            groups = math.ceil(len(batches) / together)
-            order = random_state.permutation(groups)
-            if len(batches) % together:  # the incomplete group stays the last
-                order = np.append(order[order != groups - 1], groups - 1)
-            batches = [
-                batch
-                for group in order
-                for batch in batches[group * together : (group + 1) * together]
-            ]
-        self.batches = batches
-        self._tokens = [int(self.target_lengths[rows].sum()) for rows in batches]
+        batches = self._cut(rows)
+        together = self.world if self.batch_tokens else 1
+        groups = [batches[i : i + together] for i in range(0, len(batches), together)]
+        if self.shuffle:  # an incomplete group stays the last
+            complete = len(batches) // together
+            groups = [groups[i] for i in random_state.permutation(complete)] + groups[complete:]
+        self.batches = [batch for group in groups for batch in group]
+        self._tokens = [int(self.target_lengths[rows].sum()) for rows in self.batches]
 
-    def _cut_by_size(self, rows: np.ndarray) -> list[np.ndarray]:
-        size = self.batch_size
-        pool = self.POOL * size if self.shuffle else max(len(rows), 1)
-        batches = []
-        for start in range(0, len(rows), pool):
-            part = rows[start : start + pool]
-            order = np.lexsort((self.source_lengths[part], self.target_lengths[part]))
-            part = part[order]
-            batches += [part[i : i + size] for i in range(0, len(part), size)]
-        return batches
-
-    def _cut_by_tokens(self, rows: np.ndarray) -> list[np.ndarray]:
+    def _cut(self, rows: np.ndarray) -> list[np.ndarray]:
         source, target = self.source_lengths[rows], self.target_lengths[rows]
-        longest = round_up(np.maximum(source, target), self.multiple)
+        budget = self.batch_tokens or self.batch_size
+        longest = np.ones(len(rows), int)
+        if self.batch_tokens:
+            longest = round_up(np.maximum(source, target), self.multiple)
         # As many strata as a stratum has batches: pads of the two sides weigh the same.
-        strata = max(1, round(math.sqrt(longest.sum() / self.batch_tokens)))
+        strata = max(1, round(math.sqrt(longest.sum() / budget)))
         rank = np.empty(len(rows), int)
         rank[np.lexsort((source, target))] = np.arange(len(rows))
         stratum = rank * strata // max(len(rows), 1)
@@ -878,7 +851,7 @@ class BucketBatchSampler(Sampler[list[int]]):
         batches, start, widest = [], 0, 0
         for i, width in enumerate(widths.tolist()):
             widest = max(widest, width)
-            if i > start and (i + 1 - start) * widest > self.batch_tokens:
+            if i > start and (i + 1 - start) * widest > budget:
                 batches.append(rows[order[start:i]])
                 start, widest = i, width
         batches.append(rows[order[start:]])
