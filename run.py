@@ -2551,6 +2551,8 @@ class Engine:
             beam_size=options.beam,
             num_hypotheses=options.num_return,
             length_penalty=options.length_penalty,
+            # `beam_search` ends when nothing that runs could get onto its list, which is later.
+            patience=2 if options.beam > 1 else 1,
             max_decoding_length=max(limits),
             max_input_length=0,
             return_scores=options.scores,
