@@ -40,7 +40,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 from tqdm import tqdm
 
-BATCH_ROWS = 1000  # rows read or tokenized at a time
+BATCH_ROWS = 10_000  # rows read or tokenized at a time
 PHRASEBOOK = "phrasebook"  # the data set name of the built-in corpus
 
 
