@@ -697,11 +697,11 @@ class Data:
     round_trip_loss: tuple[float, float]  # of the training pairs, source and target
 
 
-def whole_pairs(pairs: Iterable[Pair]) -> list[Pair]:
+def whole_pairs(pairs: Iterable[Pair], name: str) -> list[Pair]:
     """Those that have two sides, which are all that is scored. Raises InputError without any."""
     found = [pair for pair in pairs if pair.source and pair.target]
     if not found:
-        raise InputError("the validation or test set holds no pairs")
+        raise InputError(f"{name} holds no pair of two sides")
     return found
 
 
@@ -734,8 +734,8 @@ def prepare(
     kind, _, size = tokenizer.partition(":")
     if kind == "train" and not size.isdecimal():
         raise InputError(f"--tokenizer {tokenizer}: write train:N, for example train:8000")
-    validation = None if validation is None else whole_pairs(validation)
-    test = None if test is None else whole_pairs(test)
+    validation = None if validation is None else whole_pairs(validation, "the validation set")
+    test = None if test is None else whole_pairs(test, "the test set")
     held_out = {text_key(pair.source) for pair in chain(validation or (), test or ())}
     bar = partial(tqdm, unit=" pairs", unit_scale=True, leave=False, delay=2)
     kept = clean(bar(pairs, desc="read"), dropped, held_out)

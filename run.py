@@ -5193,7 +5193,7 @@ def evaluate(config: EvaluateConfig) -> int:
             raise InputError(f"{config.against} translates other languages")
     languages, tokenizer = translator.languages, translator.tokenizer
     pairs = data.read_pairs(dataset, config.subset, config.split, languages, config.columns)
-    pairs = data.whole_pairs(pairs)[: config.num_samples]
+    pairs = data.whole_pairs(pairs, " ".join(dataset))[: config.num_samples]
     sources, references = ([pair[side] for pair in pairs] for side in (0, 1))
     started = time.perf_counter()
     hypotheses = translator.first(sources)
@@ -5212,7 +5212,7 @@ def evaluate(config: EvaluateConfig) -> int:
         "seconds": round(seconds, 2),
         "versions": versions(),
     }
-    say("pairs", f"{len(sources):,}, translated in {seconds:.1f} s")
+    say("pairs", f"{len(sources):,} of {' '.join(dataset)}, translated in {seconds:.1f} s")
     say_score(result)
     say("tokenizer", describe_round_trip(result))
     if other:
