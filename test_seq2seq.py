@@ -3638,7 +3638,7 @@ def test_all_trainees_learn_the_same_task(prepared):
             losses[name].append(loss.item())
         assert losses[name][-1] < losses[name][0] - 0.3, name
     # Post-LN, Marian starts elsewhere, but not far away.
-    for name, far in {"torch": 0.4, "marian": 1.0}.items():
+    for name, far in {"torch": 0.4, "marian": 1.2}.items():
         assert abs(losses[name][0] - losses["ours"][0]) < far, losses
 
 
