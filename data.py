@@ -9,24 +9,20 @@ In reading order, which is also the way of the data:
     PairDataset, BucketBatchSampler, pad_batch          -> DataLoader of (input_ids, labels)
 
 `load_dataset_and_tokenize` and `create_dataloaders` are the tutorial's two calls. The file needs
-torch, numpy, datasets, transformers, scikit-learn and tqdm, and nothing else of this repository.
+torch, numpy, datasets, transformers, scikit-learn, requests and tqdm, and nothing else of this
+repository.
 """
 
 import csv
-import hashlib
 import logging
 import math
 import os
 import random
 import re
-import ssl
 import sys
-import threading
 import unicodedata
-import urllib.error
-import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import chain, islice, zip_longest
@@ -57,8 +53,8 @@ class Pair(NamedTuple):
 
 
 def one_line(error: BaseException, limit: int | None = 200) -> str:
-    """The message of an error on one line of at most `limit` characters."""
-    return " ".join(str(error).split())[:limit]
+    """The message of an error, or else its name, on one line of at most `limit` characters."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__
 
 
 def note(text: str) -> None:
@@ -86,6 +82,9 @@ _INVISIBLE = re.compile(
     "|(?<![\u2600-\u27bf\ufe0f\U0001f000-\U0001faff])\u200d"
 )
 
+# Lone surrogates, which JSON can spell and no encoding can write.
+SURROGATE = re.compile("[\ud800-\udfff]")
+
 
 @lru_cache
 def language_code(name: str) -> str:
@@ -110,15 +109,6 @@ def normalize(text: str, language: str) -> str:
     return text.translate(_COMMA_BELOW) if code == "ro" else text
 
 
-def is_unicode(text: str) -> bool:
-    """False for lone surrogates, which JSON can spell and no encoding can write."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 # ---- reading -------------------------------------------------------------------------------------
 
 
@@ -130,14 +120,8 @@ class Table(NamedTuple):
     names: list[str] | None = None  # of the columns; None: the first row may be a header
 
 
-def _require_file(path: Path) -> None:
-    if not path.is_file():
-        raise InputError(f"{path} {'is not a regular file' if path.exists() else 'does not exist'}")
-
-
 def read_lines(path: Path) -> Iterator[tuple[str, str]]:
     """(place, line without its end) of a UTF-8 file. Raises InputError with the line's number."""
-    _require_file(path)
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
             place = f"{path}:{number}"
@@ -151,11 +135,6 @@ def read_lines(path: Path) -> Iterator[tuple[str, str]]:
             yield place, line.removesuffix("\n").removesuffix("\r")
 
 
-def _tsv_table(path: Path) -> Table:
-    """Fields with tabs between them, without quoting."""
-    return Table(str(path), ((place, line.split("\t")) for place, line in read_lines(path)))
-
-
 def _aligned_table(paths: list[Path], languages: tuple[str, str]) -> Table:
     """Line n of one file is the translation of line n of the other; endings may name languages."""
     label, names = " ".join(map(str, paths)), [path.suffix[1:] for path in paths]
@@ -166,11 +145,11 @@ def _aligned_table(paths: list[Path], languages: tuple[str, str]) -> Table:
         )
 
     def rows() -> Iterator[tuple[str, list]]:
-        for pair in zip_longest(*map(read_lines, paths)):
-            if None in pair:
-                short, (place, _) = (paths[0], pair[1]) if pair[0] is None else (paths[1], pair[0])
+        for first, second in zip_longest(*map(read_lines, paths)):
+            if first is None or second is None:
+                short, (place, _) = (paths[0], second) if first is None else (paths[1], first)
                 raise InputError(f"{short} ends before {place}: the files are not line-aligned")
-            yield pair[0][0], [line for _, line in pair]
+            yield first[0], [first[1], second[1]]
 
     known = all(language_code(name) in LANGUAGES for name in names)
     return Table(label, rows(), names if known else None)
@@ -185,29 +164,28 @@ def _import_datasets():
     return datasets
 
 
-def _file_table(kind: str, path: Path) -> Table:
-    """A csv, json or parquet file, read by `datasets`, streaming, which leaves no cache."""
-    _require_file(path)
-    lines = read_lines(path) if kind != "parquet" else ()
-    empty, options = True, {"data_files": str(path), "split": "train", "streaming": True}
-    for place, line in lines:  # checked here, because errors of `datasets` tell no line
-        empty = empty and not line.strip()
-        if kind == "csv" and "\0" in line:  # older pandas cut the field there
-            raise InputError(f"{place}: a NUL character, which .csv cannot hold")
-    if lines and empty:
-        return Table(str(path), iter(()))
+# Formats by the ending of a file. TSV is read as it stands, without quoting; the others by
+# `datasets`.
+FORMATS = {".tsv": "tsv", ".csv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
-    def load():
-        datasets = _import_datasets()
-        if kind == "csv":
-            with path.open(encoding="utf-8-sig", newline="") as file:
-                columns = [str(number) for number, _ in enumerate(next(csv.reader(file)))]
-            features = dict.fromkeys(columns, datasets.Value("string"))
-            options.update(header=None, column_names=columns, features=datasets.Features(features))
-            # "NA" and "null" are words, and an empty line is a row.
-            options.update(keep_default_na=False, na_filter=False, skip_blank_lines=False)
-        return datasets.load_dataset(kind, **options)
 
+def _file_table(path: Path) -> Table:
+    kind, lines = FORMATS[path.suffix.lower()], read_lines(path)
+    if kind == "tsv" or not path.stat().st_size:
+        return Table(str(path), ((place, line.split("\t")) for place, line in lines))
+    if kind != "parquet":  # checked here, because errors of `datasets` tell no line
+        for place, line in lines:
+            if kind == "csv" and "\0" in line:  # older pandas cut the field there
+                raise InputError(f"{place}: a NUL character, which .csv cannot hold")
+    datasets, options = _import_datasets(), {"streaming": True}  # which leaves no cache
+    if kind == "csv":
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            columns = [str(number) for number, _ in enumerate(next(csv.reader(file)))]
+        features = datasets.Features(dict.fromkeys(columns, datasets.Value("string")))
+        options |= {"header": None, "column_names": columns, "features": features}
+        # "NA" and "null" are words, and an empty line is a row.
+        options |= {"keep_default_na": False, "na_filter": False, "skip_blank_lines": False}
+    load = partial(datasets.load_dataset, kind, data_files=str(path), split="train", **options)
     table = _datasets_table(str(path), load)
     return table._replace(names=None) if kind == "csv" else table
 
@@ -241,47 +219,35 @@ def hub_reachable(seconds: float = 5.0) -> bool:
     Where it does not, HF_HUB_OFFLINE is set, so that what is cached loads and all else fails at
     once. The libraries read that variable when they are imported, hence our late imports.
     """
+    import requests
+
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return False
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    answers = []
-
-    def ask() -> None:
-        try:
-            request = urllib.request.Request(endpoint, method="HEAD")
-            urllib.request.urlopen(request, timeout=seconds).close()
-        except urllib.error.HTTPError:
-            pass  # an answer, if not a friendly one
-        except OSError as error:
-            # Without certificates (python.org's macOS builds) this call fails, not the libraries.
-            if not isinstance(getattr(error, "reason", None), ssl.SSLError):
-                return
-        answers.append(True)
-
-    # In a thread, because a time-out does not cover looking up the host's name.
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not answers:
+    try:
+        requests.head(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=seconds)
+    except requests.RequestException:
         os.environ["HF_HUB_OFFLINE"] = "1"
-    return bool(answers)
+        return False
+    return True
+
+
+def _cannot_load(what: str, error: Exception, online: bool, advice: str) -> InputError:
+    reason = "it is not cached here and the hub cannot be reached"
+    if online:
+        reason = f"{type(error).__name__}: {one_line(error)}"
+    return InputError(f"cannot load {what}: {reason}; {advice}")
 
 
 @lru_cache(maxsize=4)  # it is asked for its splits and for its rows
 def _hub_dataset(name: str, subset: str | None, split: str | None):
     """A split of a hub data set; None: all of them by name. Raises InputError."""
     online = hub_reachable()
-    datasets = _import_datasets()
     try:
-        return datasets.load_dataset(name, subset, split=split)
+        return _import_datasets().load_dataset(name, subset, split=split)
     except Exception as error:  # noqa: BLE001 - of many kinds, others in every version
-        reason = "it is not cached here and the hub cannot be reached"
-        if online:
-            reason = f"{type(error).__name__}: {one_line(error)}"
-        raise InputError(
-            f"cannot load data set {'/'.join(filter(None, (name, subset, split)))}: {reason}; "
-            "check the name, connect once, or give a file: --dataset pairs.tsv"
-        ) from None
+        what = "data set " + "/".join(filter(None, (name, subset, split)))
+        advice = "check the name, connect once, or give a file: --dataset pairs.tsv"
+        raise _cannot_load(what, error, online, advice) from None
 
 
 def has_split(name: str, subset: str | None, split: str) -> bool:
@@ -289,43 +255,35 @@ def has_split(name: str, subset: str | None, split: str) -> bool:
     return split.partition("[")[0] in _hub_dataset(name, subset, None)
 
 
-READERS: dict[str, Callable[[Path], Table]] = {
-    ".tsv": _tsv_table,
-    ".csv": partial(_file_table, "csv"),
-    ".jsonl": partial(_file_table, "json"),
-    ".json": partial(_file_table, "json"),
-    ".parquet": partial(_file_table, "parquet"),
-}
-
-
 def is_on_hub(names: list[str]) -> bool:
     """Whether `read_pairs` takes it for the name of a hub data set."""
     (name, *others) = names
     path = Path(name).expanduser()
-    is_file = bool(others) or path.suffix.lower() in READERS or path.exists()
+    is_file = bool(others) or path.suffix.lower() in FORMATS or path.exists()
     return not is_file and name != PHRASEBOOK
 
 
 def _open_tables(
     names: list[str], subset: str | None, split: str, languages: tuple[str, str]
-) -> Iterator[Table]:
+) -> Iterable[Table]:
     paths = [Path(name).expanduser() for name in names]
-    unknown = [path for path in paths if path.suffix.lower() not in READERS]
+    unknown = [path for path in paths if path.suffix.lower() not in FORMATS]
     if names == [PHRASEBOOK]:
         rows = ((f"phrase {i}", list(pair)) for i, pair in enumerate(phrasebook(), 1))
-        yield Table(PHRASEBOOK, rows, ["source", "target"])
-    elif is_on_hub(names):
+        return [Table(PHRASEBOOK, rows, ["source", "target"])]
+    if is_on_hub(names):
         label = "/".join(filter(None, (names[0], subset, split)))
-        yield _datasets_table(label, partial(_hub_dataset, names[0], subset, split))
-    elif not unknown:
-        yield from (READERS[path.suffix.lower()](path) for path in paths)
-    elif len(unknown) == len(paths) == 2:
-        yield _aligned_table(paths, languages)
-    else:
+        return [_datasets_table(label, partial(_hub_dataset, names[0], subset, split))]
+    if unknown and not len(unknown) == len(paths) == 2:
         raise InputError(
-            f"cannot tell what {unknown[0]} is: give files ending in {' '.join(READERS)}, "
+            f"cannot tell what {unknown[0]} is: give files ending in {' '.join(FORMATS)}, "
             "or exactly two line-aligned text files, source first"
         )
+    for path in paths:
+        if not path.is_file():
+            problem = "is not a regular file" if path.exists() else "does not exist"
+            raise InputError(f"{path} {problem}")
+    return [_aligned_table(paths, languages)] if unknown else map(_file_table, paths)
 
 
 def _find_columns(names: list[str], languages: tuple[str, str]) -> tuple[int, int] | None:
@@ -344,34 +302,34 @@ def _choose_columns(
 ) -> tuple[int, int, bool]:
     """(source column, target column, whether the row `first` is a header).
 
-    Raises InputError where nothing says which columns to take, or names and languages disagree.
+    Raises InputError where nothing says which columns to take.
     """
     names = [str(name).strip() for name in (first if table.names is None else table.names)]
     listed = ", ".join(" ".join(name.split())[:40] for name in names[:10]) or "none"
-    found, may_be_header = _find_columns(names, languages), table.names is None
+    found = _find_columns(names, languages)
+    is_header = table.names is None and found is not None
     if columns is not None:
         numbers = {str(i): i - 1 for i in range(1, len(names) + 1)}
         numbers |= {name: i for i, name in enumerate(names)}
         for column in columns:
             if column not in numbers:
                 raise InputError(f"{table.label}: no column {column!r}; found {listed}")
-        header = may_be_header and (found is not None or set(columns) <= set(names))
-        return numbers[columns[0]], numbers[columns[1]], header
-    if found is not None:
-        if may_be_header:
-            source, target = (names[i] for i in found)
-            note(f"{table.label}: line 1 is a header; source is {source!r}, target is {target!r}")
-        return *found, may_be_header
-    # Short codes, one of them of a language that is asked for: a header, but of other languages.
-    codes = {language_code(language) for language in languages} & set(map(language_code, names))
-    coded = codes and all(re.fullmatch("[A-Za-z]{2,3}([-_][A-Za-z]+)?", name) for name in names)
-    if may_be_header and len(names) == 2 and not coded:
+        found = numbers[columns[0]], numbers[columns[1]]
+        is_header = is_header or (table.names is None and set(columns) <= set(names))
+    elif is_header:
+        source, target = (names[i] for i in found)
+        note(f"{table.label}: line 1 is a header; source is {source!r}, target is {target!r}")
+    elif found is None:
+        # A language that is asked for, beside one that is not, is a header of other languages.
+        named = table.names is not None or any(language_code(name) in LANGUAGES for name in names)
+        if named or len(names) != 2:
+            raise InputError(
+                f"{table.label}: no columns for {languages[0]} and {languages[1]}, found {listed}; "
+                "pick two by name or number, such as --columns 1 2"
+            )
         note(f"{table.label} names no languages: column 1 is {languages[0]}, 2 is {languages[1]}")
-        return 0, 1, False
-    raise InputError(
-        f"{table.label}: no columns for {languages[0]} and {languages[1]}, found {listed}; "
-        "pick two by name or number, such as --columns 1 2"
-    )
+        found = 0, 1
+    return *found, is_header
 
 
 def read_pairs(
@@ -394,9 +352,6 @@ def read_pairs(
 
     Raises InputError, for text files with file and line.
     """
-    for language in languages:
-        if language_code(language) not in LANGUAGES:
-            note(f"no rules are known for the language {language!r}: its text gets NFC alone")
     names = [dataset] if isinstance(dataset, str) else list(dataset)
     for table in _open_tables(names, subset, split, languages):
         first = next(table.rows, None)
@@ -410,7 +365,7 @@ def read_pairs(
                 raise InputError(f"{place}: {len(fields)} columns, where line 1 has {width}")
             texts = [fields[i] or "" if len(fields) == width else "" for i in (source, target)]
             for text in texts:
-                if not isinstance(text, str) or not is_unicode(text):
+                if not isinstance(text, str) or SURROGATE.search(text):
                     raise InputError(f"{place}: expected text, found {text!r:.40}")
             yield Pair(*map(normalize, texts, languages), place)
 
@@ -467,9 +422,7 @@ def load_tokenizer(name: str):
     import warnings
 
     folder = Path(name).expanduser()
-    if folder.is_dir():
-        name = str(folder)
-    elif folder.is_file() or name.startswith((".", "/", "~")):
+    if folder.is_file() or (not folder.is_dir() and name.startswith((".", "/", "~"))):
         raise InputError(f"tokenizer {name} is no folder that a tokenizer was saved in")
     online = folder.is_dir() or hub_reachable()
     from transformers import AutoTokenizer
@@ -479,16 +432,13 @@ def load_tokenizer(name: str):
             warnings.simplefilter("ignore", FutureWarning)
             # Said, and not left out: asked for code, it would wait for an answer on stdin.
             tokenizer = AutoTokenizer.from_pretrained(
-                name, local_files_only=not online, trust_remote_code=False
+                str(folder) if folder.is_dir() else name,
+                local_files_only=not online,
+                trust_remote_code=False,
             )
     except Exception as error:  # noqa: BLE001 - of many kinds, others in every version
-        reason = "it is not cached here and the hub cannot be reached"
-        if online:
-            reason = one_line(error, 120)
-        raise InputError(
-            f"cannot load tokenizer {name}: {reason}; give another name, the folder of a "
-            "tokenizer, or train one: --tokenizer train:8000"
-        ) from None
+        advice = "give another name, the folder of a tokenizer, or train one: train:8000"
+        raise _cannot_load(f"tokenizer {name}", error, online, advice) from None
     if tokenizer.eos_token_id is None:
         tokenizer.add_special_tokens({"eos_token": "</s>"})
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
@@ -504,16 +454,6 @@ def _plain_text(tokenizer):
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.encode_special_tokens = True  # and 4
     return tokenizer
-
-
-def save_tokenizer(tokenizer, folder: Path) -> None:
-    """Write the tokenizer's files such that transformers 4 and 5 both load them."""
-    tokenizer.save_pretrained(folder)
-    path = folder / "tokenizer_config.json"
-    text = path.read_text(encoding="utf-8")
-    # Version 5 renamed the class, and reads the old name; version 4 knows no other.
-    text = text.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"')
-    path.write_text(text, encoding="utf-8")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int):
@@ -582,106 +522,78 @@ def round_trip_loss(texts: list[str], tokenizer, language: str, sample: int = 50
 # ---- split ---------------------------------------------------------------------------------------
 
 
-def grouped_split(groups: np.ndarray, size: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Row numbers that stay and row numbers held out, in order; no group has rows in both.
+def hold_out(
+    items: Sequence, keys: Iterable[Hashable], size: float, seed: int = 0
+) -> tuple[list, list]:
+    """Items that stay and items held out, both in order; no key stands on both sides.
 
     A random split would leak: a source sentence with two translations would stand on both sides.
 
-    Args: groups: [N], equal for rows of one group. size: share of the groups (below 1) or their
-    number. Raises InputError where that leaves either side empty.
+    Args: keys: one per item. size: share of the distinct keys (below 1) or their number. Raises
+    InputError where that leaves either side empty.
     """
     from sklearn.model_selection import GroupShuffleSplit
 
+    numbers: dict[Hashable, int] = {}
+    groups = [numbers.setdefault(key, len(numbers)) for key in keys]
     size = float(size) if size < 1 else int(size)
     splitter = GroupShuffleSplit(n_splits=1, test_size=size, random_state=seed)
     try:
         rest, part = next(splitter.split(groups, groups=groups))
     except ValueError:
         raise InputError(
-            f"cannot hold out {size} of {len(set(groups.tolist()))} source sentences; "
+            f"cannot hold out {size} of {len(numbers)} source sentences; "
             "give more pairs or hold out fewer"
         ) from None
-    return np.sort(rest), np.sort(part)
-
-
-def hold_out(pairs: list[Pair], size: float, seed: int = 0) -> tuple[list[Pair], list[Pair]]:
-    """(those that stay, those held out), grouped by `text_key` of the source; see `grouped_split`."""
-    numbers: dict[str, int] = {}
-    groups = [numbers.setdefault(text_key(pair.source), len(numbers)) for pair in pairs]
-    rest, part = grouped_split(np.array(groups), size, seed)
-    return [pairs[row] for row in rest], [pairs[row] for row in part]
+    return [items[row] for row in sorted(rest)], [items[row] for row in sorted(part)]
 
 
 # ---- token ids -----------------------------------------------------------------------------------
 
 
 class PairDataset(Dataset):
-    """Token ids of sentence pairs, flat: row i of a side is ids[offsets[i]:offsets[i + 1]].
+    """Token ids of sentence pairs.
 
     `dataset[i]` is (source ids [S] int64, target ids [T] int64), both ending in eos; it was read
-    at `dataset.places[i]`.
+    at `dataset.places[i]`. `lengths`: tokens of each source and of each target, 2 x [N].
     """
 
-    def __init__(self, sources: list[np.ndarray], targets: list[np.ndarray], places: list[str]):
-        """sources, targets: int32 ids of each row."""
-        self.places, self.sides = places, []
-        for rows in (sources, targets):
-            offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
-            self.sides.append((np.concatenate([np.array([], np.int32), *rows]), offsets))
+    def __init__(self, encoded: Iterable[tuple[Pair, list[int], list[int]]]):
+        """What `encode` yields."""
+        self.places, self.sources, self.targets = [], [], []
+        for pair, source, target in encoded:
+            self.places.append(pair.place)
+            self.sources.append(np.array(source, np.int32))
+            self.targets.append(np.array(target, np.int32))
+        sides = (self.sources, self.targets)
+        self.lengths = tuple(np.array([len(ids) for ids in side], np.int64) for side in sides)
 
     def __len__(self) -> int:
         return len(self.places)
 
     def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
-        source, target = (
-            torch.from_numpy(ids[offsets[row] : offsets[row + 1]]).long()
-            for ids, offsets in self.sides
+        return (
+            torch.from_numpy(self.sources[row]).long(),
+            torch.from_numpy(self.targets[row]).long(),
         )
-        return source, target
-
-    @property
-    def lengths(self) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens per row of source and target, eos included, each [N]."""
-        source, target = (np.diff(offsets) for _, offsets in self.sides)
-        return source, target
-
-    def digest(self) -> str:
-        """The same for the same ids in the same order, and for no others."""
-        content = hashlib.sha256()
-        for ids, offsets in self.sides:
-            content.update(offsets.tobytes())
-            content.update(ids.tobytes())
-        return content.hexdigest()
-
-
-def _batched(rows: Iterable) -> Iterator[list]:
-    rows = iter(rows)
-    while batch := list(islice(rows, BATCH_ROWS)):
-        yield batch
 
 
 def encode(
-    pairs: Iterable[Pair], tokenizer, max_length: int, dropped: Counter, limit: int | None = None
-) -> tuple[list[Pair], PairDataset]:
-    """The first `limit` pairs of at most `max_length` tokens a side, as they are and as ids.
+    pairs: Iterable[Pair], tokenizer, max_length: int, dropped: Counter
+) -> Iterator[tuple[Pair, list[int], list[int]]]:
+    """(pair, source ids, target ids) of the pairs that have at most `max_length` tokens a side.
 
     Longer ones are dropped and counted, not cut: half a sentence is no translation of a whole one.
     """
-    kept, sides = [], ([], [])
-    for batch in _batched(pairs):
-        texts = [[pair[side] for pair in batch] for side in (0, 1)]
-        for pair, *ids in zip(batch, *(encode_texts(side, tokenizer) for side in texts)):
-            if len(kept) == limit:
-                break
-            if max(map(len, ids)) > max_length:
+    pairs = iter(pairs)
+    while batch := list(islice(pairs, BATCH_ROWS)):
+        sources = encode_texts([pair.source for pair in batch], tokenizer)
+        targets = encode_texts([pair.target for pair in batch], tokenizer)
+        for pair, source, target in zip(batch, sources, targets):
+            if max(len(source), len(target)) > max_length:
                 dropped["over-long"] += 1
-                continue
-            kept.append(pair)
-            for side, row in zip(sides, ids):
-                side.append(np.array(row, np.int32))
-        if len(kept) == limit:
-            break
-    return kept, PairDataset(*sides, [pair.place for pair in kept])
+            else:
+                yield pair, source, target
 
 
 @dataclass
@@ -691,9 +603,9 @@ class Data:
     tokenizer: object
     train: PairDataset
     validation: PairDataset
-    validation_pairs: list[Pair]  # of a given set also what is over-long
+    validation_pairs: list[Pair]  # also those that are over-long
     test_pairs: list[Pair]  # may be empty
-    dropped: dict[str, int]  # pairs lost in cleaning, by reason
+    dropped: dict[str, int]  # pairs lost, by reason
     round_trip_loss: tuple[float, float]  # of the training pairs, source and target
 
 
@@ -723,14 +635,15 @@ def prepare(
         tokenizer: a hub name, a folder, or "train:N", a vocabulary of N learnt from the training
             pairs alone.
         max_length: tokens per sentence, eos included; longer pairs are dropped.
-        validation_size, test_size: share of the source sentences held out, or their number.
+        validation_size, test_size: share of the source sentences held out, or their number; two
+            that differ in case and punctuation alone (`text_key`) are one.
         num_samples: stop after this many pairs that survived cleaning.
         validation, test: pairs of their own, instead of some held out; whatever has a source in
             common with them is left out of training.
 
     Raises InputError where nothing is left.
     """
-    dropped = Counter()
+    dropped, over_long = Counter(), Counter()
     kind, _, size = tokenizer.partition(":")
     if kind == "train" and not size.isdecimal():
         raise InputError(f"--tokenizer {tokenizer}: write train:N, for example train:8000")
@@ -739,40 +652,38 @@ def prepare(
     held_out = {text_key(pair.source) for pair in chain(validation or (), test or ())}
     bar = partial(tqdm, unit=" pairs", unit_scale=True, leave=False, delay=2)
     kept = clean(bar(pairs, desc="read"), dropped, held_out)
-    if kind == "train":
-        kept = list(islice(kept, num_samples))
-    else:
+    if kind != "train":
         tokenizer = load_tokenizer(tokenizer)
-        kept = list(kept) if num_samples is None else kept
-        kept, _ = encode(kept, tokenizer, max_length, dropped, num_samples)
+        if num_samples is not None:  # of those that are not over-long
+            kept = (pair for pair, *_ in encode(kept, tokenizer, max_length, dropped))
+    kept = list(islice(kept, num_samples))
+
     if not kept:
         raise InputError(f"no pairs left after cleaning{describe_dropped(dropped)}")
     if test is None and test_size:
-        kept, test = hold_out(kept, test_size, seed)
-    own_validation = validation is None
-    if own_validation:
-        kept, validation = hold_out(kept, validation_size, seed)
+        keys = [text_key(pair.source) for pair in kept]
+        kept, test = hold_out(kept, keys, test_size, seed)
+    if validation is None:
+        keys = [text_key(pair.source) for pair in kept]
+        kept, validation = hold_out(kept, keys, validation_size, seed)
     if kind == "train":
         tokenizer = train_tokenizer((text for pair in kept for text in pair[:2]), int(size))
-    kept, train_ids = encode(bar(kept, desc="encode"), tokenizer, max_length, dropped)
-    beyond = dropped if own_validation else Counter()
-    fitting, validation_ids = encode(validation, tokenizer, max_length, beyond)
-    if own_validation:
-        validation = fitting
-    else:
-        dropped["over-long validation"] = beyond["over-long"]
-    if not kept or not fitting:
+    train = PairDataset(encode(bar(kept, desc="encode"), tokenizer, max_length, dropped))
+    fitting = PairDataset(encode(validation, tokenizer, max_length, over_long))
+    dropped["over-long validation"] = over_long["over-long"]
+    if not len(train) or not len(fitting):
         raise InputError(f"training or validation is empty{describe_dropped(dropped)}")
-    lost = tuple(
-        round_trip_loss([pair[side] for pair in kept], tokenizer, languages[side])
-        for side in (0, 1)
+    lost = (
+        round_trip_loss([pair.source for pair in kept], tokenizer, languages[0]),
+        round_trip_loss([pair.target for pair in kept], tokenizer, languages[1]),
     )
-    return Data(tokenizer, train_ids, validation_ids, validation, test or [], dict(dropped), lost)
+    return Data(tokenizer, train, fitting, validation, test or [], dict(dropped), lost)
 
 
 # ---- batches -------------------------------------------------------------------------------------
 
 
+@dataclass(eq=False)
 class BucketBatchSampler(Sampler[list[int]]):
     """Batches of rows of similar length, in an order that follows from (seed, epoch) alone.
 
@@ -787,23 +698,17 @@ class BucketBatchSampler(Sampler[list[int]]):
     that none waits for another.
     """
 
-    def __init__(
-        self,
-        source_lengths: np.ndarray,
-        target_lengths: np.ndarray,
-        batch_size: int | None = None,
-        seed: int = 0,
-        shuffle: bool = True,
-        rank: int = 0,
-        world: int = 1,
-        batch_tokens: int | None = None,
-        multiple: int = 1,
-    ):
-        self.source_lengths, self.target_lengths = source_lengths, target_lengths
-        self.multiple = multiple
-        self.batch_size, self.batch_tokens = batch_size, batch_tokens
-        self.seed, self.shuffle = seed, shuffle
-        self.rank, self.world = rank, world
+    source_lengths: np.ndarray  # [N]
+    target_lengths: np.ndarray  # [N]
+    batch_size: int | None = None
+    seed: int = 0
+    shuffle: bool = True
+    rank: int = 0
+    world: int = 1
+    batch_tokens: int | None = None
+    multiple: int = 1
+
+    def __post_init__(self) -> None:
         self.sampler = self  # where Lightning looks for set_epoch
         self._start = (0, 0)
         self.set_epoch(0)
@@ -825,7 +730,6 @@ class BucketBatchSampler(Sampler[list[int]]):
             complete = len(batches) // together
             groups = [groups[i] for i in random_state.permutation(complete)] + groups[complete:]
         self.batches = [batch for group in groups for batch in group]
-        self._tokens = [int(self.target_lengths[rows].sum()) for rows in self.batches]
 
     def _cut(self, rows: np.ndarray) -> list[np.ndarray]:
         source, target = self.source_lengths[rows], self.target_lengths[rows]
@@ -864,24 +768,24 @@ class BucketBatchSampler(Sampler[list[int]]):
 
     def target_tokens(self, index: int) -> int:
         """Target tokens of this process's batch number `index`."""
-        number = index * self.world + self.rank
-        return self._tokens[number] if number < len(self._tokens) else 0
+        return int(self.target_lengths[self.rows(index)].sum())
 
     def window_tokens(self, index: int, accumulate: int) -> int:
         """Target tokens, of all processes, in the accumulation window of batch number `index`."""
         size = accumulate * self.world
         start = index // accumulate * size
-        return sum(self._tokens[start : start + size])
+        return sum(
+            int(self.target_lengths[rows].sum()) for rows in self.batches[start : start + size]
+        )
 
     def padding_share(self) -> float:
         """Pads among all positions of this epoch's batches, both sides, from 0 to 1."""
-        real = padded = 0
-        for lengths in (self.source_lengths, self.target_lengths):
-            real += lengths.sum()
-            padded += sum(
-                len(rows) * round_up(lengths[rows].max(), self.multiple) for rows in self.batches
-            )
-        return 1.0 - real / padded
+        lengths = np.stack([self.source_lengths, self.target_lengths])  # [2, N]
+        padded = sum(
+            len(rows) * round_up(lengths[:, rows].max(axis=1), self.multiple).sum()
+            for rows in self.batches
+        )
+        return 1.0 - lengths.sum() / padded
 
     def __iter__(self) -> Iterator[list[int]]:
         # A generator, which looks at the epoch when it is first asked.
@@ -919,21 +823,13 @@ def pad_batch(
 
 
 def make_loader(
-    dataset: Dataset,
-    batch_size: int | None,
-    pad_id: int = 0,
-    seed: int = 0,
-    shuffle: bool = True,
-    rank: int = 0,
-    world: int = 1,
-    batch_tokens: int | None = None,
-    multiple: int = 1,
+    dataset: Dataset, batch_size: int | None, pad_id: int = 0, multiple: int = 1, **sampling
 ) -> DataLoader:
-    """Batches (input_ids [B, S], labels [B, T]) of (source, target) rows with `.lengths`; see
-    `BucketBatchSampler` for what makes a batch."""
-    sampler = BucketBatchSampler(
-        *dataset.lengths, batch_size, seed, shuffle, rank, world, batch_tokens, multiple
-    )
+    """Batches (input_ids [B, S], labels [B, T]) of (source, target) rows with `.lengths`.
+
+    `sampling`: what else `BucketBatchSampler` takes.
+    """
+    sampler = BucketBatchSampler(*dataset.lengths, batch_size, multiple=multiple, **sampling)
     collate = partial(pad_batch, pad_id=pad_id, multiple=multiple)
     return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate)
 
@@ -960,16 +856,14 @@ def load_dataset_and_tokenize(
     dropped = Counter()
     tokenizer = load_tokenizer(tokenizer)
     pairs = clean(read_pairs(dataset_name, subset, split, languages), dropped)
-    _, encoded = encode(pairs, tokenizer, max_length, dropped, num_samples)
-    if not len(encoded):
+    rows = list(islice(encode(pairs, tokenizer, max_length, dropped), num_samples))
+    if not rows:
         raise InputError(f"no pairs left after cleaning{describe_dropped(dropped)}")
-    sides = []
-    for rows in zip(*encoded):
-        matrix = torch.full((len(rows), max_length), tokenizer.pad_token_id)
-        for line, ids in zip(matrix, rows):
-            line[: len(ids)] = ids
-        sides.append(matrix)
-    return sides[0], sides[1], tokenizer
+    matrices = torch.full((2, len(rows), max_length), tokenizer.pad_token_id)
+    for row, (_, *sides) in enumerate(rows):
+        for matrix, ids in zip(matrices, sides):
+            matrix[row, : len(ids)] = torch.tensor(ids)
+    return *matrices, tokenizer
 
 
 def create_dataloaders(
@@ -986,17 +880,14 @@ def create_dataloaders(
     (input_ids [B, S], labels [B, T]), trimmed to its longest row; an item of `.dataset` keeps its
     full width, which is what Modlee's callbacks read.
     """
-    widths = [input_ids.size(1), decoder_input_ids.size(1)]
     pairs = torch.cat([input_ids, decoder_input_ids], dim=1)  # [N, S + T]
-    sources, targets = pairs.unique(dim=0).split(widths, dim=1)
-    _, groups = sources.unique(dim=0, return_inverse=True)
-    rows, held_out = grouped_split(groups.numpy(), test_size, seed)
-    train = PaddedPairs(sources[rows], targets[rows], pad_id)
-    validation = PaddedPairs(sources[held_out], targets[held_out], pad_id)
-    return (
-        make_loader(train, batch_size, pad_id, seed),
-        make_loader(validation, batch_size, pad_id, seed, shuffle=False),
-    )
+    sources, targets = pairs.unique(dim=0).tensor_split([input_ids.size(1)], dim=1)
+    keys = map(tuple, sources.tolist())
+    loaders = []
+    for rows in hold_out(range(len(sources)), keys, test_size, seed):
+        part = PaddedPairs(sources[rows], targets[rows], pad_id)
+        loaders.append(make_loader(part, batch_size, pad_id, seed=seed, shuffle=not loaders))
+    return loaders[0], loaders[1]
 
 
 class PaddedPairs(TensorDataset):
@@ -1009,38 +900,36 @@ class PaddedPairs(TensorDataset):
 
 # ---- the built-in corpus -------------------------------------------------------------------------
 #
-# An invented phrasebook: a grammar that builds an English sentence and its Romanian translation side
-# by side. It is no benchmark, but takes more than replacing words: adjectives after the noun,
-# agreement in gender and number, the suffixed article and prepositions that drop it, verb persons,
-# clitics (also doubling a human object: "Îl văd pe profesor"), dative "a plăcea", numerals.
+# An invented phrasebook, by a grammar that builds an English sentence and its Romanian translation
+# side by side. It is no benchmark, but takes more than replacing words: adjectives after the noun,
+# agreement, the suffixed article and prepositions that drop it, verb persons, clitics (also doubling
+# a human object: "Îl văd pe profesor"), the dative of "a plăcea", numerals.
+
+
+def _table(text: str) -> list[list[str]]:
+    return [line.split() for line in text.strip().splitlines()]
+
 
 # English singular, plural; gender; kind (h human, a animal, t thing, p place); Romanian singular,
 # with the article, plural, with the article.
-_NOUNS = """
+_NOUNS = _table("""
 teacher teachers m h profesor profesorul profesori profesorii
-doctor doctors m h doctor doctorul doctori doctorii
-neighbour neighbours m h vecin vecinul vecini vecinii
 child children m h copil copilul copii copiii
 girl girls f h fată fata fete fetele
 nurse nurses f h asistentă asistenta asistente asistentele
 cat cats f a pisică pisica pisici pisicile
 dog dogs m a câine câinele câini câinii
-horse horses m a cal calul cai caii
-bird birds f a pasăre pasărea păsări păsările
 book books f t carte cartea cărți cărțile
 key keys f t cheie cheia chei cheile
-shirt shirts f t cămașă cămașa cămăși cămășile
 apple apples n t măr mărul mere merele
-knife knives n t cuțit cuțitul cuțite cuțitele
-shoe shoes m t pantof pantoful pantofi pantofii
 house houses f p casă casa case casele
 garden gardens f p grădină grădina grădini grădinile
 school schools f p școală școala școli școlile
 city cities n p oraș orașul orașe orașele
-"""
+""")
 # English; the kinds it describes; Romanian masculine, feminine, and both plurals (neuter nouns are
 # masculine in the singular and feminine in the plural).
-_ADJECTIVES = """
+_ADJECTIVES = _table("""
 big atp mare mare mari mari
 small atp mic mică mici mici
 beautiful hatp frumos frumoasă frumoși frumoase
@@ -1049,54 +938,43 @@ new tp nou nouă noi noi
 old a bătrân bătrână bătrâni bătrâne
 old tp vechi veche vechi vechi
 tired ha obosit obosită obosiți obosite
-tall h înalt înaltă înalți înalte
-black atp negru neagră negri negre
 red tp roșu roșie roșii roșii
-"""
+""")
 # English base, third person, past ("_" is a space); the kinds of its object, "-" for a place; who
 # does it; Romanian I, you, he, we, they; past participle; infinitive.
-_VERBS = """
+_VERBS = _table("""
 see sees saw hatp ha văd vezi vede vedem văd văzut vedea
-find finds found hat ha găsesc găsești găsește găsim găsesc găsit găsi
 look_for looks_for looked_for hat ha caut cauți caută căutăm caută căutat căuta
-hear hears heard ha ha aud auzi aude auzim aud auzit auzi
 help helps helped h h ajut ajuți ajută ajutăm ajută ajutat ajuta
-call calls called h h chem chemi cheamă chemăm cheamă chemat chema
 buy buys bought at h cumpăr cumperi cumpără cumpărăm cumpără cumpărat cumpăra
-sell sells sold at h vând vinzi vinde vindem vând vândut vinde
 lose loses lost t h pierd pierzi pierde pierdem pierd pierdut pierde
 sleep sleeps slept - ha dorm dormi doarme dormim dorm dormit dormi
 eat eats ate - ha mănânc mănânci mănâncă mâncăm mănâncă mâncat mânca
-sing sings sang - h cânt cânți cântă cântăm cântă cântat cânta
-"""
-# English subject and object; person; Romanian subject, where it is not dropped; form of adjectives;
+""")
+# English subject and object; person; form of adjectives; Romanian subject, where it is not dropped;
 # clitic as object, and before "am"; emphatic dative; clitic as dative, and before "am".
-_PRONOUNS = """
-I me 0 _ 0 mă m- _ îmi mi-
-you you 1 _ 0 te te- _ îți ți-
-he him 2 el 0 îl l- lui îi i-
-she her 2 ea 1 o _ ei îi i-
-we us 3 _ 2 ne ne- _ ne ne-
-they them 4 ei 2 îi i- lor le le-
-"""
+_PRONOUNS = _table("""
+I me 0 0 _ mă m- _ îmi mi-
+you you 1 0 _ te te- _ îți ți-
+he him 2 0 el îl l- lui îi i-
+she her 2 1 ea o _ ei îi i-
+we us 3 2 _ ne ne- _ ne ne-
+they them 4 2 ei îi i- lor le le-
+""")
 # Masculine, feminine, and the plurals of both.
-_DETERMINERS = {
-    "my": "meu mea mei mele",
-    "your": "tău ta tăi tale",
-    "his": "lui lui lui lui",
-    "our": "nostru noastră noștri noastre",
-    "this": "acest această _ _",
-    "that": "acel acea _ _",
-    "these": "_ _ acești aceste",
-    "those": "_ _ acei acele",
-    "two": "_ _ doi două",
-    "five": "_ _ cinci cinci",
-    "many": "_ _ mulți multe",
-    "twelve": "_ _ doisprezece douăsprezece",
-    "twenty": "_ _ douăzeci_de douăzeci_de",
-}
-_POSSESSIVE, _DEMONSTRATIVE = ("my", "your", "his", "our"), ("this", "that", "these", "those")
-_SHORT = {"îl": "l-", "îi": "i-", "le": "le-", "mă": "m-", "te": "te-", "ne": "ne-"}
+_DETERMINERS = _table("""
+the _ _ _ _
+a un o _ _
+my meu mea mei mele
+your tău ta tăi tale
+his lui lui lui lui
+this acest această _ _
+these _ _ acești aceste
+two _ _ doi două
+twenty _ _ douăzeci_de douăzeci_de
+""")
+_DEFINITE = ("the", "my", "your", "his", "this", "these")
+_PREPOSITIONS = (("in", "în"), ("near", "lângă"))
 _TENSES = {  # "to be" in English and Romanian, by person; the auxiliary of other verbs
     "present": ("am are is are are", "sunt ești este suntem sunt", "_ _ _ _ _"),
     "past": ("was were was were were", "eram erai era eram erau", "am ai a am au"),
@@ -1108,144 +986,116 @@ def _join(*words: str) -> str:
     return " ".join(word for word in words if word not in ("", "_")).replace("_", " ")
 
 
-class _Grammar:
-    """Builds sentence pairs from one random generator."""
+def _noun_phrase(rng: random.Random, kinds: str, determiners: tuple[str, ...] = ()) -> dict:
+    """A noun of one of the kinds, with a determiner and perhaps an adjective."""
+    word, *forms = rng.choice([d for d in _DETERMINERS if not determiners or d[0] in determiners])
+    suffixed = word in ("the", "my", "your", "his")  # the noun has the article
+    plural = rng.random() < 0.35 if suffixed else forms[0] == "_"
+    noun = rng.choice([noun for noun in _NOUNS if noun[3] in kinds])
+    gender, kind, bare, definite = *noun[2:4], *noun[4 + 2 * plural : 6 + 2 * plural]
+    form = 2 * plural + (gender == "f" or (gender == "n" and plural))
+    adjective = rng.choice([a for a in _ADJECTIVES if kind in a[1]])
+    adjective = rng.choice(([""] * 6, adjective))
+    ro = _join(forms[form], bare, adjective[2 + form])
+    if suffixed:
+        ro = _join(definite, forms[form], adjective[2 + form])
+    en = _join(adjective[0], noun[plural])
+    return {
+        "en": f"{'an' if word == 'a' and en[0] in 'aeiou' else word} {en}",
+        "ro": ro,
+        # A preposition drops the article of a noun that stands alone: "în grădină".
+        "governed": bare if word == "the" and not adjective[0] else ro,
+        "person": 4 if plural else 2,
+        "form": form,
+        "kind": kind,
+        "clitic": (("îl", "l-"), ("o", "_"), ("îi", "i-"), ("le", "le-"))[form],
+        "definite": word in _DEFINITE,
+    }
 
-    def __init__(self, seed: int):
-        self.random = random.Random(seed)
-        self.nouns, self.adjectives, self.verbs, self.pronouns = (
-            [line.split() for line in table.strip().splitlines()]
-            for table in (_NOUNS, _ADJECTIVES, _VERBS, _PRONOUNS)
-        )
 
-    def pick(self, options: Iterable):
-        return self.random.choice(list(options))
+def _subject(rng: random.Random, kinds: str) -> dict:
+    en, _, person, form, ro, *_ = rng.choice(_PRONOUNS)
+    pronoun = {"en": en, "ro": ro, "person": int(person), "form": int(form), "kind": "h"}
+    return rng.choice((pronoun, _noun_phrase(rng, kinds)))
 
-    def noun_phrase(self, kinds: str, determiners: tuple[str, ...] = ("the", "a", *_DETERMINERS)):
-        """A noun of one of the kinds, with a determiner and perhaps an adjective."""
-        word = self.pick(determiners)
-        forms = _DETERMINERS.get(word, "_ _ _ _").split()
-        either = word == "the" or word in _POSSESSIVE
-        plural = word != "a" and (self.random.random() < 0.35 if either else forms[0] == "_")
-        *en, gender, kind, _, _, _, _ = noun = self.pick(n for n in self.nouns if n[3] in kinds)
-        form = 2 * plural + (gender == "f" or (gender == "n" and plural))
-        adjective = self.pick(a for a in self.adjectives if kind in a[1])
-        adjective = self.pick(([""] * 6, adjective))
-        indefinite, definite = noun[4 + 2 * plural : 6 + 2 * plural]
-        en = _join(adjective[0], en[plural])
-        ro = _join(forms[form], indefinite, adjective[2 + form])
-        if either:
-            ro = _join(definite, forms[form], adjective[2 + form])
-        elif word == "a":
-            word, ro = "an" if en[0] in "aeiou" else "a", f"{'o' if form else 'un'} {ro}"
-        return {
-            "en": f"{word} {en}",
-            "ro": ro,
-            # A preposition drops the article of a noun that stands alone: "în grădină".
-            "governed": indefinite if word == "the" and not adjective[0] else ro,
-            "person": 4 if plural else 2,
-            "form": form,
-            "kind": kind,
-            "clitic": ("îl", "o", "îi", "le")[form],
-            "definite": either or word in _DEMONSTRATIVE,
-        }
 
-    def place(self) -> tuple[str, str]:
-        place = self.noun_phrase("p", ("the", "the", *_POSSESSIVE, "this", "that"))
-        en, ro = self.pick((("in", "în"), ("near", "lângă")))
-        return f"{en} {place['en']}", f"{ro} {place['governed']}"
+def _action(rng: random.Random, tense: str, no: str, question: bool) -> tuple[str, str]:
+    """A subject, a verb, and an object or a place."""
+    subject, clitic, short = _subject(rng, "hha"), "", ""
+    person = subject["person"]
+    verb = rng.choice([verb for verb in _VERBS if subject["kind"] in verb[4]])
+    if verb[3] == "-":
+        thing, (en, ro) = _noun_phrase(rng, "p", _DEFINITE), rng.choice(_PREPOSITIONS)
+        en_object, ro_object = f"{en} {thing['en']}", f"{ro} {thing['governed']}"
+    elif "h" in verb[3] and rng.random() < 0.3:  # but not "I see me", "we see me"
+        others = [p for p in _PRONOUNS if int(p[2]) % 3 != person % 3]
+        _, en_object, _, _, _, clitic, short, *_ = rng.choice(others)
+        ro_object = ""
+    else:
+        thing = _noun_phrase(rng, verb[3])
+        en_object, ro_object = thing["en"], thing["ro"]
+        if thing["kind"] == "h" and thing["definite"]:
+            # A definite person is doubled by a clitic and marked with "pe".
+            ro_object, (clitic, short) = f"pe {thing['governed']}", thing["clitic"]
+    *present, participle, infinitive = verb[5:]
+    auxiliary = _TENSES[tense][2].split()[person]
+    if tense == "past":  # "o" alone follows the participle
+        after = "-o" if clitic == "o" else ""
+        ro_verb = f"{short.strip('_')}{auxiliary} {participle}{after}"
+    else:
+        content = present[person] if tense == "present" else infinitive
+        ro_verb = _join(clitic, auxiliary, content)
+    english = _english(subject, verb, tense, no, question, en_object)
+    if question and not no and rng.random() < 0.5:  # the subject goes behind the verb
+        return f"why {english}", _join("de ce", ro_verb, subject["ro"], ro_object)
+    return english, _join(subject["ro"], "nu" if no else "", ro_verb, ro_object)
 
-    def subject(self, kinds: str) -> dict:
-        en, _, person, ro, form, *_ = self.pick(self.pronouns)
-        pronoun = {"en": en, "ro": ro, "person": int(person), "form": int(form), "kind": "h"}
-        return self.pick((pronoun, self.noun_phrase(kinds)))
 
-    def action(self, tense: str, no: str, question: bool) -> tuple[str, str]:
-        """A subject, a verb, and an object or a place."""
-        subject, clitic = self.subject("hha"), ""
-        verb = self.pick(v for v in self.verbs if subject["kind"] in v[4])
-        if verb[3] == "-":
-            en_object, ro_object = self.place()
-        elif "h" in verb[3] and self.random.random() < 0.3:  # not "I see me", "we see me"
-            first, others = subject["en"] in ("I", "we"), ("he", "she", "they")
-            fits = (p for p in self.pronouns if p[0] in others or (p[0] in ("I", "we")) != first)
-            fits = (p for p in fits if p[0] != "you" or subject["en"] != "you")
-            _, en_object, _, _, _, clitic, *_ = self.pick(fits)
-            ro_object = ""
-        else:
-            thing = self.noun_phrase(verb[3])
-            en_object, ro_object = thing["en"], thing["ro"]
-            if thing["kind"] == "h" and thing["definite"]:
-                # A definite person is doubled by a clitic and marked with "pe".
-                ro_object, clitic = f"pe {thing['governed']}", thing["clitic"]
-        person, (*present, participle, infinitive) = subject["person"], verb[5:]
-        auxiliary = _TENSES[tense][2].split()[person]
-        if tense == "past":  # "o" alone follows the participle
-            last = f"{participle}-o" if clitic == "o" else participle
-            ro_verb = _SHORT.get(clitic, "") + f"{auxiliary} {last}"
-        else:
-            ro_verb = _join(
-                clitic, auxiliary, present[person] if tense == "present" else infinitive
-            )
-        english = _english(subject, verb, tense, no, question, en_object)
-        if question and not no and self.random.random() < 0.5:  # the subject goes behind the verb
-            return f"why {english}", _join("de ce", ro_verb, subject["ro"], ro_object)
-        return english, _join(subject["ro"], "nu" if no else "", ro_verb, ro_object)
+def _state(rng: random.Random, tense: str, no: str, question: bool) -> tuple[str, str]:
+    """To be something."""
+    subject = _subject(rng, "hatp")
+    adjective = rng.choice([a for a in _ADJECTIVES if subject["kind"] in a[1]])
+    en_be, ro_be = (forms.split()[subject["person"]] for forms in _TENSES[tense][:2])
+    start = (en_be, subject["en"]) if question else (subject["en"], en_be)
+    be, fi = ("be", "fi") if tense == "future" else ("", "")
+    ro = _join(subject["ro"], "nu" if no else "", ro_be, fi, adjective[2 + subject["form"]])
+    return _join(*start, no, be, adjective[0]), ro
 
-    def state(self, tense: str, no: str, question: bool) -> tuple[str, str]:
-        """To be something, or somewhere."""
-        subject = self.subject("hatp")
-        fits = (a for a in self.adjectives if subject["kind"] in a[1])
-        adjective = self.pick(a for a in fits if a[0] not in subject["en"].split())
-        en_what, ro_what = adjective[0], adjective[2 + subject["form"]]
-        if subject["kind"] in "ha" and self.random.random() < 0.5:
-            en_what, ro_what = self.place()
-        en_be, ro_be = (forms.split()[subject["person"]] for forms in _TENSES[tense][:2])
-        en = (en_be, subject["en"]) if question else (subject["en"], en_be)
-        be, fi = ("be", "fi") if tense == "future" else ("", "")
-        romanian = _join(subject["ro"], "nu" if no else "", ro_be, fi, ro_what)
-        return _join(*en, no, be, en_what), romanian
 
-    def liking(self, tense: str, no: str, question: bool) -> tuple[str, str]:
-        """What is liked becomes the subject, and who likes it a dative: "Îmi place casa"."""
-        en, _, person, *_, emphatic, clitic, short = self.pick(self.pronouns)
-        thing = self.noun_phrase("hatp", ("the", "the", *_POSSESSIVE, *_DEMONSTRATIVE))
-        plural = thing["person"] == 4
-        ro_verb = {
-            "present": f"{clitic} {'plac' if plural else 'place'}",
-            "past": f"{short}{'au' if plural else 'a'} plăcut",
-            "future": f"{clitic} {'vor' if plural else 'va'} plăcea",
-        }[tense]
-        subject, verb = {"en": en, "person": int(person)}, ("like", "likes", "liked")
-        english = _english(subject, verb, tense, no, question, thing["en"])
-        return english, _join(emphatic, "nu" if no else "", ro_verb, thing["ro"])
-
-    def sentence(self) -> tuple[str, str]:
-        """One pair, with capitals and a final mark."""
-        make = self.pick((self.action, self.action, self.action, self.state, self.liking))
-        question = self.random.random() < 0.25
-        pair = make(self.pick(_TENSES), self.pick(("", "", "", "not")), question)
-        en, ro = (text[0].upper() + text[1:] + (".?"[question]) for text in pair)
-        return en, ro
+def _liking(rng: random.Random, tense: str, no: str, question: bool) -> tuple[str, str]:
+    """What is liked becomes the subject, and who likes it a dative: "Îmi place casa"."""
+    en, _, person, *_, emphatic, clitic, short = rng.choice(_PRONOUNS)
+    thing = _noun_phrase(rng, "hatp", _DEFINITE)
+    plural = thing["person"] == 4
+    ro_verb = {
+        "present": f"{clitic} {'plac' if plural else 'place'}",
+        "past": f"{short}{'au' if plural else 'a'} plăcut",
+        "future": f"{clitic} {'vor' if plural else 'va'} plăcea",
+    }[tense]
+    subject, verb = {"en": en, "person": int(person)}, ("like", "likes", "liked")
+    english = _english(subject, verb, tense, no, question, thing["en"])
+    return english, _join(emphatic, "nu" if no else "", ro_verb, thing["ro"])
 
 
 def _english(subject: dict, verb, tense: str, no: str, question: bool, rest: str) -> str:
     base, third, past = verb[:3]
-    helper = {"past": "did", "future": "will"}.get(
-        tense, "does" if subject["person"] == 2 else "do"
-    )
+    present = ("does", third) if subject["person"] == 2 else ("do", base)
+    helper, alone = {"present": present, "past": ("did", past), "future": ("will", "")}[tense]
     if question:
         return _join(helper, subject["en"], no, base, rest)
     if no or tense == "future":
         return _join(subject["en"], helper, no, base, rest)
-    return _join(subject["en"], {"do": base, "does": third, "did": past}[helper], rest)
+    return _join(subject["en"], alone, rest)
 
 
 def phrasebook(count: int = 50_000, seed: int = 0) -> Iterator[tuple[str, str]]:
     """`count` distinct (English, Romanian) pairs; the same for the same seed, English never twice."""
-    grammar, seen = _Grammar(seed), set()
+    rng, seen = random.Random(seed), set()
     while len(seen) < count:
-        en, ro = grammar.sentence()
+        make = rng.choice((_action, _action, _state, _liking))
+        question, no = rng.random() < 0.25, rng.choice(("", "", "", "not"))
+        pair = make(rng, rng.choice(list(_TENSES)), no, question)
+        en, ro = (text[0].upper() + text[1:] + (".?"[question]) for text in pair)
         if en not in seen:
             seen.add(en)
             yield en, ro

@@ -34,6 +34,7 @@ import ctypes
 import dataclasses
 import difflib
 import gc
+import hashlib
 import io
 import json
 import logging
@@ -1816,6 +1817,18 @@ def modlee_tokenizer(own):
 
 
 # ---- the model folder -------------------------------------------------------------------------
+
+
+def save_tokenizer(tokenizer, folder: Path) -> None:
+    """Write the tokenizer's files such that transformers 4 and 5 both load them."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    text = path.read_text(encoding="utf-8")
+    # Version 5 renamed the class, and reads the old name; version 4 knows no other.
+    text = text.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"')
+    path.write_text(text, encoding="utf-8")
+
+
 # model.safetensors, config.json, the tokenizer's files, metrics.json, loss.png; last.safetensors
 # where the last weights were not the best. Beside it, while it trains, NAME.checkpoints: states,
 # best.pt, loss.png.
@@ -1964,6 +1977,14 @@ def read_state(path: Path) -> dict | None:
         return None
 
 
+def digest_pairs(pairs: data.PairDataset) -> str:
+    """The same for the same token ids in the same order, and for no others."""
+    content = hashlib.sha256()
+    for ids in (*pairs.lengths, *pairs.sources, *pairs.targets):
+        content.update(ids.tobytes())
+    return content.hexdigest()
+
+
 def read_checkpoint(folder: Path, digest: str) -> dict:
     """The newest state that can be read. Raises InputError."""
     if json.loads((folder / "settings.json").read_text("utf-8"))["data"] != digest:
@@ -1997,7 +2018,7 @@ def save_model(
     }
 
     def fill(temporary: Path) -> None:
-        data.save_tokenizer(tokenizer, temporary)
+        save_tokenizer(tokenizer, temporary)
         if best is not None:
             save_weights(model, str(temporary / "last.safetensors"))
             model.load_state_dict(best)
@@ -2607,7 +2628,7 @@ def export(config: ExportConfig) -> int:
         what = f"CTranslate2, {config.quantization or 'float32'}"
 
     def fill(folder: Path) -> None:
-        data.save_tokenizer(tokenizer, folder)
+        save_tokenizer(tokenizer, folder)
         if config.to == "hf":
             exported.save_pretrained(folder)
             return
@@ -4651,7 +4672,7 @@ def train(config: TrainConfig) -> int:
         output = claim_name(output, rank, world)
         config = dataclasses.replace(config, output=str(output))
         checkpoints = checkpoint_folder(config)
-    digest = f"{prepared.train.digest()} {prepared.validation.digest()}"
+    digest = f"{digest_pairs(prepared.train)} {digest_pairs(prepared.validation)}"
     interval = config.checkpoint_interval()
     wanted = interval != (math.inf, math.inf)
     save = partial(write_checkpoint, checkpoints, config, digest, rank)
@@ -4754,12 +4775,12 @@ def build_loaders(config: TrainConfig, prepared: data.Data, pad_id: int, device,
             part,
             config.batch_size,
             pad_id,
-            config.seed,
-            shuffle,
-            rank,
-            config.devices,
-            config.batch_tokens,
             multiple,
+            batch_tokens=config.batch_tokens,
+            seed=config.seed,
+            shuffle=shuffle,
+            rank=rank,
+            world=config.devices,
         )
         for part, shuffle in ((prepared.train, True), (prepared.validation, False))
     ]
@@ -4992,7 +5013,7 @@ def held_out_source(config: TrainConfig, field: str) -> tuple | None:
     names = getattr(config, field)
     if names is None:
         return None
-    if len(names) > 1 or Path(names[0]).suffix.lower() in data.READERS:
+    if len(names) > 1 or Path(names[0]).suffix.lower() in data.FORMATS:
         return names, None, "train"
     split = names[0]
     on_hub = data.is_on_hub(config.dataset)
@@ -5001,7 +5022,7 @@ def held_out_source(config: TrainConfig, field: str) -> tuple | None:
     what = f"{' '.join(config.dataset)} has no split {split!r}"
     if PRESETS[config.preset].get(field) != names:
         flag = f"--{field.replace('_', '-')}"
-        raise InputError(f"{flag}: {what}, and files end in {' '.join(data.READERS)}")
+        raise InputError(f"{flag}: {what}, and files end in {' '.join(data.FORMATS)}")
     print(f"note: {what}, as the preset has it", file=sys.stderr)
     return None
 
@@ -5152,7 +5173,7 @@ def stdin_lines() -> Iterator[str]:
 
 def translate(config: TranslateConfig) -> int:
     for text in config.text:
-        if not data.is_unicode(text):
+        if data.SURROGATE.search(text):
             raise InputError(f"not valid UTF-8: {text!r:.60}")
     check_reports(config, "attention")
     translator = load_translator(config)

@@ -275,8 +275,8 @@ class DecoderLayer(EncoderLayer):
         attention = self.self_attention
         h = self.self_attention_norm(x) if self.norm_first else x
         heads = attention.project(h[:, None], 0, 3)  # [R, 1, D] -> [3, R, H, 1, Dh]
-        query, key = positions.rotate(heads[:2], cache.length)
-        mixed = attention(query, *cache.append(index, key, heads[2]), None)  # [R, 1, D]
+        heads[:2] = positions.rotate(heads[:2], cache.length)
+        mixed = attention(heads[0], *cache.append(index, heads[1:]), None)  # [R, 1, D]
         x = x + attention.out_proj(mixed[:, 0])
         x = x if self.norm_first else self.self_attention_norm(x)
 
@@ -590,14 +590,13 @@ class KeyValueCache:
         shape = (2, sentences * width, heads, 16, head_dim)
         self._past = [keys.new_empty(shape) for keys in self.memory]
 
-    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep key and value [R, H, 1, Dh] of the newest token; all so far: 2 x [R, H, T + 1, Dh]."""
-        past = self._past[layer]
-        if self.length == past.size(3):
+    def append(self, layer: int, newest: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep key and value of the newest token, [2, R, H, 1, Dh]; all so far, 2 x [R, H, T, Dh]."""
+        past, end = self._past[layer], self.length + 1
+        if end > past.size(3):
             past = self._past[layer] = torch.cat([past, torch.empty_like(past)], dim=3)
-        past[0, :, :, self.length] = key[:, :, 0]
-        past[1, :, :, self.length] = value[:, :, 0]
-        return past[:, :, :, : self.length + 1].unbind()
+        past[:, :, :, self.length : end] = newest
+        return past[:, :, :, :end].unbind()
 
     def reorder(self, rows: list[int]) -> None:
         """Row i goes on from the past of row `rows[i]`."""
