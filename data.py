@@ -5,11 +5,11 @@ In reading order, which is also the way of the data:
     read_pairs     a hub data set, .tsv .csv .jsonl .json .parquet files, two line-aligned text
                    files, or the built-in phrasebook    -> Pair(source, target, place)
     clean          drops what teaches nothing, and counts it
-    prepare        holds out validation and test, trains or loads the tokenizer, encodes
+    load_tokenizer, train_tokenizer, hold_out, encode   -> (pair, source ids, target ids)
     PairDataset, BucketBatchSampler, pad_batch          -> DataLoader of (input_ids, labels)
 
 `load_dataset_and_tokenize` and `create_dataloaders` are the tutorial's two calls. The file needs
-torch, numpy, datasets, transformers, scikit-learn, requests and tqdm, and nothing else of this
+torch, numpy, datasets, transformers, scikit-learn and requests, and nothing else of this
 repository.
 """
 
@@ -34,7 +34,6 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
-from tqdm import tqdm
 
 BATCH_ROWS = 10_000  # rows read or tokenized at a time
 PHRASEBOOK = "phrasebook"  # the data set name of the built-in corpus
@@ -596,90 +595,6 @@ def encode(
                 yield pair, source, target
 
 
-@dataclass
-class Data:
-    """What a training run needs to know of its data."""
-
-    tokenizer: object
-    train: PairDataset
-    validation: PairDataset
-    validation_pairs: list[Pair]  # also those that are over-long
-    test_pairs: list[Pair]  # may be empty
-    dropped: dict[str, int]  # pairs lost, by reason
-    round_trip_loss: tuple[float, float]  # of the training pairs, source and target
-
-
-def whole_pairs(pairs: Iterable[Pair], name: str) -> list[Pair]:
-    """Those that have two sides, which are all that is scored. Raises InputError without any."""
-    found = [pair for pair in pairs if pair.source and pair.target]
-    if not found:
-        raise InputError(f"{name} holds no pair of two sides")
-    return found
-
-
-def prepare(
-    pairs: Iterable[Pair],
-    tokenizer: str,
-    max_length: int,
-    validation_size: float = 0.02,
-    test_size: float = 0.0,
-    num_samples: int | None = None,
-    seed: int = 0,
-    validation: Iterable[Pair] | None = None,
-    test: Iterable[Pair] | None = None,
-    languages: tuple[str, str] = ("en", "ro"),
-) -> Data:
-    """From sentence pairs to token ids of training and validation.
-
-    Args:
-        tokenizer: a hub name, a folder, or "train:N", a vocabulary of N learnt from the training
-            pairs alone.
-        max_length: tokens per sentence, eos included; longer pairs are dropped.
-        validation_size, test_size: share of the source sentences held out, or their number; two
-            that differ in case and punctuation alone (`text_key`) are one.
-        num_samples: stop after this many pairs that survived cleaning.
-        validation, test: pairs of their own, instead of some held out; whatever has a source in
-            common with them is left out of training.
-
-    Raises InputError where nothing is left.
-    """
-    dropped, over_long = Counter(), Counter()
-    kind, _, size = tokenizer.partition(":")
-    if kind == "train" and not size.isdecimal():
-        raise InputError(f"--tokenizer {tokenizer}: write train:N, for example train:8000")
-    validation = None if validation is None else whole_pairs(validation, "the validation set")
-    test = None if test is None else whole_pairs(test, "the test set")
-    held_out = {text_key(pair.source) for pair in chain(validation or (), test or ())}
-    bar = partial(tqdm, unit=" pairs", unit_scale=True, leave=False, delay=2)
-    kept = clean(bar(pairs, desc="read"), dropped, held_out)
-    if kind != "train":
-        tokenizer = load_tokenizer(tokenizer)
-        if num_samples is not None:  # of those that are not over-long
-            kept = (pair for pair, *_ in encode(kept, tokenizer, max_length, dropped))
-    kept = list(islice(kept, num_samples))
-
-    if not kept:
-        raise InputError(f"no pairs left after cleaning{describe_dropped(dropped)}")
-    if test is None and test_size:
-        keys = [text_key(pair.source) for pair in kept]
-        kept, test = hold_out(kept, keys, test_size, seed)
-    if validation is None:
-        keys = [text_key(pair.source) for pair in kept]
-        kept, validation = hold_out(kept, keys, validation_size, seed)
-    if kind == "train":
-        tokenizer = train_tokenizer((text for pair in kept for text in pair[:2]), int(size))
-    train = PairDataset(encode(bar(kept, desc="encode"), tokenizer, max_length, dropped))
-    fitting = PairDataset(encode(validation, tokenizer, max_length, over_long))
-    dropped["over-long validation"] = over_long["over-long"]
-    if not len(train) or not len(fitting):
-        raise InputError(f"training or validation is empty{describe_dropped(dropped)}")
-    lost = (
-        round_trip_loss([pair.source for pair in kept], tokenizer, languages[0]),
-        round_trip_loss([pair.target for pair in kept], tokenizer, languages[1]),
-    )
-    return Data(tokenizer, train, fitting, validation, test or [], dict(dropped), lost)
-
-
 # ---- batches -------------------------------------------------------------------------------------
 
 
@@ -707,15 +622,11 @@ class BucketBatchSampler(Sampler[list[int]]):
     world: int = 1
     batch_tokens: int | None = None
     multiple: int = 1
+    start: tuple[int, int] = (0, 0)  # epoch, and the batch with which it begins
 
     def __post_init__(self) -> None:
         self.sampler = self  # where Lightning looks for set_epoch
-        self._start = (0, 0)
         self.set_epoch(0)
-
-    def start_at(self, epoch: int, index: int) -> None:
-        """Let that epoch begin with batch number `index`; the numbers stay what they are."""
-        self._start = (epoch, index)
 
     def set_epoch(self, epoch: int) -> None:
         """Lay out the batches of an epoch, counted from 0."""
@@ -789,7 +700,7 @@ class BucketBatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         # A generator, which looks at the epoch when it is first asked.
-        first = self._start[1] if self.epoch == self._start[0] else 0
+        first = self.start[1] if self.epoch == self.start[0] else 0
         for index in range(first, len(self)):
             yield self.rows(index).tolist()
 

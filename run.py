@@ -54,13 +54,14 @@ import traceback
 import typing
 import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import MISSING, dataclass, field
 from datetime import datetime
 from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from statistics import median
 from threading import RLock
@@ -647,6 +648,91 @@ SHOWN = 6  # translations printed after training
 
 
 # ---- what both loops share --------------------------------------------------------------------
+
+
+@dataclass
+class Data:
+    """What a training run needs to know of its data."""
+
+    tokenizer: object
+    train: data.PairDataset
+    validation: data.PairDataset
+    validation_pairs: list[data.Pair]  # also those that are over-long
+    test_pairs: list[data.Pair]  # may be empty
+    dropped: dict[str, int]  # pairs lost, by reason
+    round_trip_loss: tuple[float, float]  # of the training pairs, source and target
+
+
+def whole_pairs(pairs: Iterable[data.Pair], name: str) -> list[data.Pair]:
+    """Those that have two sides, which are all that is scored. Raises InputError without any."""
+    found = [pair for pair in pairs if pair.source and pair.target]
+    if not found:
+        raise InputError(f"{name} holds no pair of two sides")
+    return found
+
+
+def prepare(
+    pairs: Iterable[data.Pair],
+    tokenizer: str,
+    max_length: int,
+    validation_size: float = 0.02,
+    test_size: float = 0.0,
+    num_samples: int | None = None,
+    seed: int = 0,
+    validation: Iterable[data.Pair] | None = None,
+    test: Iterable[data.Pair] | None = None,
+    languages: tuple[str, str] = ("en", "ro"),
+) -> Data:
+    """From sentence pairs to token ids of training and validation.
+
+    Args:
+        tokenizer: a hub name, a folder, or "train:N", a vocabulary of N learnt from the training
+            pairs alone.
+        max_length: tokens per sentence, eos included; longer pairs are dropped.
+        validation_size, test_size: share of the source sentences held out, or their number; two
+            that differ in case and punctuation alone (`data.text_key`) are one.
+        num_samples: stop after this many pairs that survived cleaning.
+        validation, test: pairs of their own, instead of some held out; whatever has a source in
+            common with them is left out of training.
+
+    Raises InputError where nothing is left.
+    """
+    dropped, over_long = Counter(), Counter()
+    kind, _, size = tokenizer.partition(":")
+    if kind == "train" and not size.isdecimal():
+        raise InputError(f"--tokenizer {tokenizer}: write train:N, for example train:8000")
+    validation = None if validation is None else whole_pairs(validation, "the validation set")
+    test = None if test is None else whole_pairs(test, "the test set")
+    held_out = {data.text_key(pair.source) for pair in chain(validation or (), test or ())}
+    bar = partial(tqdm, unit=" pairs", unit_scale=True, leave=False, delay=2)
+    kept = data.clean(bar(pairs, desc="read"), dropped, held_out)
+    if kind != "train":
+        tokenizer = data.load_tokenizer(tokenizer)
+        if num_samples is not None:  # of those that are not over-long
+            kept = (pair for pair, *_ in data.encode(kept, tokenizer, max_length, dropped))
+    kept = list(islice(kept, num_samples))
+    if not kept:
+        raise InputError(f"no pairs left after cleaning{data.describe_dropped(dropped)}")
+    if test is None and test_size:
+        keys = [data.text_key(pair.source) for pair in kept]
+        kept, test = data.hold_out(kept, keys, test_size, seed)
+    if validation is None:
+        keys = [data.text_key(pair.source) for pair in kept]
+        kept, validation = data.hold_out(kept, keys, validation_size, seed)
+    if kind == "train":
+        tokenizer = data.train_tokenizer((text for pair in kept for text in pair[:2]), int(size))
+    train = data.PairDataset(data.encode(bar(kept, desc="encode"), tokenizer, max_length, dropped))
+    fitting = data.PairDataset(data.encode(validation, tokenizer, max_length, over_long))
+    dropped["over-long validation"] = over_long["over-long"]
+    if not len(train) or not len(fitting):
+        raise InputError(f"training or validation is empty{data.describe_dropped(dropped)}")
+    lost = (
+        data.round_trip_loss([pair.source for pair in kept], tokenizer, languages[0]),
+        data.round_trip_loss([pair.target for pair in kept], tokenizer, languages[1]),
+    )
+    return Data(tokenizer, train, fitting, validation, test or [], dict(dropped), lost)
+
+
 # One definition each of loss, optimizer, schedule, clipping and randomness. A loop is only a loop.
 
 
@@ -1676,7 +1762,7 @@ class ModleeRecord:
     seconds: what Modlee took.
     """
 
-    def __init__(self, modlee, config: TrainConfig, prepared: data.Data):
+    def __init__(self, modlee, config: TrainConfig, prepared: Data):
         self.modlee, self.config, self.prepared = modlee, config, prepared
         self.seconds = 0.0
         self.run_path, self.artifacts = "", []
@@ -2136,7 +2222,7 @@ class Monitor:
 
     SAMPLES = 2
 
-    def __init__(self, config: TrainConfig, folder: Path, prepared: data.Data):
+    def __init__(self, config: TrainConfig, folder: Path, prepared: Data):
         """folder: where loss.png goes."""
         self.config, self.tokenizer = config, prepared.tokenizer
         # From all over the set, which may have been put together from several.
@@ -3566,15 +3652,13 @@ class PartialRecord(ModleeRecord):
         ]
 
 
-def bench_case(config: TrainConfig, prepared: data.Data, device: torch.device):
+def bench_case(config: TrainConfig, prepared: Data, device: torch.device):
     """(model, loaders, progress): the same in every arm."""
     model = build_model(config, prepared.tokenizer).to(device)
     pad_id = model.config.pad_id
     sampler = GatedSampler(*prepared.train.lengths, config.batch_size, config.seed)
     collate = partial(data.pad_batch, pad_id=pad_id)
-    train_loader = torch.utils.data.DataLoader(
-        prepared.train, batch_sampler=sampler, collate_fn=collate
-    )
+    train_loader = torch.utils.DataLoader(prepared.train, batch_sampler=sampler, collate_fn=collate)
     validation_loader = data.make_loader(prepared.validation, config.batch_size, pad_id)
     progress = Progress(config.precision == "fp16")
     return model, [train_loader, validation_loader], progress
@@ -3614,7 +3698,7 @@ def taken_apart(gate: Gate, wait: bool) -> Iterator[None]:
         yield
 
 
-def profile_steps(config: TrainConfig, prepared: data.Data, device, path: Path) -> None:
+def profile_steps(config: TrainConfig, prepared: Data, device, path: Path) -> None:
     """Write a trace of ten steps of the raw loop, after a window of warming up."""
     from torch.profiler import ProfilerActivity, profile, schedule
 
@@ -3649,7 +3733,7 @@ def retire(config: TrainConfig) -> None:
 def serve_arm(
     arm: Arm,
     config: TrainConfig,
-    prepared: data.Data,
+    prepared: Data,
     device_name: str,
     apart: bool,
     pipe,
@@ -3696,9 +3780,7 @@ class Described(Exception):
     """Modlee has described the run: no need to train."""
 
 
-def serve_start(
-    stock: bool, config: TrainConfig, prepared: data.Data, device_name: str, pipe
-) -> None:
+def serve_start(stock: bool, config: TrainConfig, prepared: Data, device_name: str, pipe) -> None:
     """Answers what Modlee does before the first step: name -> (seconds, what went wrong). stock:
     as Modlee comes, fed as its tutorial feeds it, but without the upload."""
     retire(config)
@@ -3744,7 +3826,7 @@ def serve_start(
         rows = [prepared.train[row] for row in range(200)]
         sides = data.pad_batch(rows, model.config.pad_id)
         fixed = torch.utils.data.TensorDataset(*sides)
-        loaders[0] = torch.utils.data.DataLoader(fixed, batch_size=16)
+        loaders[0] = torch.utils.DataLoader(fixed, batch_size=16)
         loaders[0].initial_tokenizer = prepared.tokenizer
     with contextlib.suppress(Described):
         record.fit(adapter, lambda: train_lightning(adapter, *loaders, config, device))
@@ -4511,7 +4593,7 @@ def model_config(size: str, vocab_size: int) -> Seq2SeqConfig:
     return dataclasses.replace(chosen, vocab_size=vocab_size, max_length=1024)
 
 
-def peer_cases(config: BenchTrainConfig, prepared: data.Data, budget: int, multiple: int) -> dict:
+def peer_cases(config: BenchTrainConfig, prepared: Data, budget: int, multiple: int) -> dict:
     """name -> (trainee, its model, its batches, the lengths in them)."""
     model = model_config(config.size, len(prepared.tokenizer))
     wanted = [name for name in TRAINEES if name != "compiled" or config.compile]
@@ -4528,7 +4610,7 @@ def peer_cases(config: BenchTrainConfig, prepared: data.Data, budget: int, multi
 
 
 def growth_cases(
-    config: BenchTrainConfig, prepared: data.Data, budget: int, multiple: int, device
+    config: BenchTrainConfig, prepared: Data, budget: int, multiple: int, device
 ) -> dict:
     """One thing changes at a time: the budget, the length of all sentences, the model."""
     vocab_size, cases = len(prepared.tokenizer), {}
@@ -4692,7 +4774,7 @@ def train(config: TrainConfig) -> int:
         state = read_checkpoint(checkpoints, digest)
         model.load_state_dict(state.pop("model"))
         progress.load(state)
-        loaders[0].batch_sampler.start_at(progress.epoch, progress.batch)
+        loaders[0].batch_sampler.start = (progress.epoch, progress.batch)
         say("resumed", f"after step {progress.step} of {config.output}")
     with monitor.recording(progress) if monitor else contextlib.nullcontext():
         with noticing_lost_processes(progress), progress.interruptible():
@@ -4765,7 +4847,7 @@ def claim_name(output: Path, rank: int, world: int) -> Path:
     return names[0]
 
 
-def build_loaders(config: TrainConfig, prepared: data.Data, pad_id: int, device, rank: int) -> list:
+def build_loaders(config: TrainConfig, prepared: Data, pad_id: int, device, rank: int) -> list:
     """Of training and of validation batches, for one of the processes."""
     # Tensor cores and compilers like round numbers; learned positions have no row to spare.
     rounds = device.type == "cuda" or config.compile
@@ -4786,7 +4868,7 @@ def build_loaders(config: TrainConfig, prepared: data.Data, pad_id: int, device,
     ]
 
 
-def fit(model, loaders, config: TrainConfig, prepared: data.Data, progress, rank: int):
+def fit(model, loaders, config: TrainConfig, prepared: Data, progress, rank: int):
     """Train with the loop that is asked for. Returns (the model, which FSDP has put together anew,
     Modlee's record or None)."""
     device = next(model.parameters()).device
@@ -4850,7 +4932,7 @@ def say_trained(progress: Progress, config: TrainConfig, metrics: dict) -> None:
     say("loss", f"training {progress.epoch_loss:.4f}, validation {loss:.4f}{which}")
 
 
-def score_model(model, prepared: data.Data, config: TrainConfig, metrics: dict) -> None:
+def score_model(model, prepared: Data, config: TrainConfig, metrics: dict) -> None:
     """Translate the test set, or without one the validation pairs, and put the scores into
     `metrics`."""
     pairs = prepared.test_pairs or prepared.validation_pairs
@@ -5027,11 +5109,11 @@ def held_out_source(config: TrainConfig, field: str) -> tuple | None:
     return None
 
 
-def prepare_data(config: TrainConfig) -> data.Data:
+def prepare_data(config: TrainConfig) -> Data:
     """Pairs, ids and tokenizer."""
     more = ((config.source_lang, config.target_lang), config.columns)
     sets = [held_out_source(config, name) for name in ("validation_set", "test_set")]
-    return data.prepare(
+    return prepare(
         data.read_pairs(config.dataset, config.subset, config.split, *more),
         config.tokenizer,
         config.max_length,
@@ -5056,7 +5138,7 @@ def build_model(config: TrainConfig, tokenizer) -> TransformerSeq2SeqModel:
     return TransformerSeq2SeqModel(**dataclasses.asdict(model_config))
 
 
-def describe_run(config, prepared: data.Data, model: nn.Module, train_loader, device) -> dict:
+def describe_run(config, prepared: Data, model: nn.Module, train_loader, device) -> dict:
     """Say what is about to run, and return the same as the first half of metrics.json."""
     train_part, validation_part = prepared.train, prepared.validation
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -5103,7 +5185,7 @@ def describe_run(config, prepared: data.Data, model: nn.Module, train_loader, de
 
 
 def describe_training(
-    progress: Progress, record, prepared: data.Data, batches: int, config: TrainConfig
+    progress: Progress, record, prepared: Data, batches: int, config: TrainConfig
 ) -> dict:
     """The second half of metrics.json; scores are filled in when there are any."""
     epochs = progress.step / math.ceil(batches / config.accumulate)
@@ -5131,7 +5213,7 @@ def describe_training(
     }
 
 
-def start_modlee(config: TrainConfig, prepared: "data.Data") -> ModleeRecord | None:
+def start_modlee(config: TrainConfig, prepared: Data) -> ModleeRecord | None:
     """Import Modlee where it is wanted and installed, and say in one line what its state is."""
     if not config.modlee or config.mlruns == "none":
         say("modlee", f"off ({'--mlruns none' if config.modlee else '--no-modlee'})")
@@ -5214,7 +5296,7 @@ def evaluate(config: EvaluateConfig) -> int:
             raise InputError(f"{config.against} translates other languages")
     languages, tokenizer = translator.languages, translator.tokenizer
     pairs = data.read_pairs(dataset, config.subset, config.split, languages, config.columns)
-    pairs = data.whole_pairs(pairs, " ".join(dataset))[: config.num_samples]
+    pairs = whole_pairs(pairs, " ".join(dataset))[: config.num_samples]
     sources, references = ([pair[side] for pair in pairs] for side in (0, 1))
     started = time.perf_counter()
     hypotheses = translator.first(sources)

@@ -505,63 +505,40 @@ class _ProjectedLoss(torch.autograd.Function):
         dtype = F.linear(hidden[:1], weight[:1]).dtype
         dtype = torch.float32 if dtype == torch.float16 else dtype
         x, w = hidden.to(dtype), weight[:vocab_size].to(dtype)
-        row_elements = _ProjectedLoss.ROWS_CPU if x.device.type == "cpu" else _ProjectedLoss.ROWS
-        size = min(max(1, _ProjectedLoss.PIECE // vocab_size), max(1, len(x)))
-        rows = min(max(1, row_elements // vocab_size), size)
-        # Allocated once: on a CPU new memory costs more than the work done in it.
-        logits = x.new_empty(size, vocab_size)
-        work = x.new_empty(rows, vocab_size, dtype=torch.float32)
-        losses = x.new_empty(len(x), 1, dtype=torch.float32)
-        grad_x = grad_w = grad_before = None
-        if needs_grad:
-            grad_x = torch.empty_like(x)
-            grad_w = torch.empty_like(w) if len(x) else torch.zeros_like(w)
-        for start in range(0, len(x), size):
-            piece = slice(start, start + size)
-            part = logits[: len(x[piece])]  # [C, V]
-            torch.mm(x[piece], w.t(), out=part)
-            parts = part.split(rows), labels[piece].split(rows), losses[piece].split(rows)
-            for few, wanted, loss in zip(*parts):
-                _cross_entropy(few, wanted, loss, smoothing, work)
-            if needs_grad:  # `part` holds the gradient of the logits now
-                if start:
+        elements = _ProjectedLoss.ROWS_CPU if x.device.type == "cpu" else _ProjectedLoss.ROWS
+        size, rows = (max(1, count // vocab_size) for count in (_ProjectedLoss.PIECE, elements))
+        losses, grads_x, grad_w = [], [], None
+        with torch.autocast(x.device.type, enabled=False):
+            for part, part_labels in zip(x.split(size), labels.split(size)):
+                logits = F.linear(part, w)  # [C, V]
+                for few, wanted in zip(logits.split(rows), part_labels.split(rows)):
+                    log_probs = few.log_softmax(dim=-1, dtype=torch.float32)
+                    loss = log_probs.gather(1, wanted) * (smoothing - 1)
+                    if smoothing:
+                        loss -= log_probs.mean(dim=1, keepdim=True) * smoothing
+                    losses.append(loss)
+                    gradient = log_probs.exp_()
+                    if smoothing:
+                        gradient -= smoothing / vocab_size
+                    gradient.scatter_add_(1, wanted, torch.full_like(loss, smoothing - 1))
+                    few.copy_(gradient)
+                if needs_grad:  # `logits` holds their gradient now
+                    grads_x.append(logits @ w)
+                    more = logits.t() @ part  # [V, D]
                     # Summed in float32, as a copy: adding two dtypes is slow on a CPU.
-                    before = grad_w.to(torch.float32, copy=True)
-                    grad_before = before if grad_before is None else grad_before + before
-                torch.mm(part, w, out=grad_x[piece])
-                torch.mm(part.t(), x[piece], out=grad_w)
+                    grad_w = more if grad_w is None else grad_w.float().add_(more.float())
         ctx.rows = len(weight)
-        ctx.save_for_backward(grad_x, grad_w, grad_before)
-        return losses.masked_fill_(labels == config.pad_id, 0).sum()
+        if needs_grad:
+            ctx.save_for_backward(torch.cat(grads_x), grad_w)
+        return torch.cat(losses).masked_fill_(labels == config.pad_id, 0).sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
-        grad_x, grad_w, grad_before = ctx.saved_tensors
-        vocab_size = len(grad_w)
-        full = grad.new_empty(ctx.rows, grad_w.size(1))
-        full[vocab_size:] = 0  # the rows that round the matrix up
-        full[:vocab_size] = grad_w
-        if grad_before is not None:
-            full[:vocab_size] += grad_before
+        grad_x, grad_w = ctx.saved_tensors
+        full = grad.new_zeros(ctx.rows, grad_w.size(1))  # also the rows that round the matrix up
+        full[: len(grad_w)] = grad_w
         return grad_x * grad, full.mul_(grad), None, None, None, None
-
-
-def _cross_entropy(
-    logits: Tensor, labels: Tensor, loss: Tensor, smoothing: float, work: Tensor
-) -> None:
-    """Write the cross-entropy of logits [C, V] and labels [C, 1] into `loss` [C, 1], and its gradient
-    into `logits`. work: [C or more, V] float32, overwritten."""
-    log_probs = work[: len(logits)]
-    torch.log_softmax(logits, dim=-1, dtype=torch.float32, out=log_probs)
-    torch.mul(log_probs.gather(1, labels), smoothing - 1, out=loss)
-    if smoothing:
-        loss -= log_probs.mean(dim=1, keepdim=True) * smoothing
-    gradient = log_probs.exp_()
-    if smoothing:
-        gradient -= smoothing / logits.size(1)
-    gradient.scatter_add_(1, labels, torch.full_like(loss, smoothing - 1))
-    logits.copy_(gradient)
 
 
 # ---- key/value cache -----------------------------------------------------------------------------
@@ -796,11 +773,9 @@ class _Beam:
         best = candidates[0][0] / length**self.length_penalty
         hopeless = len(self.ended) == self.width and self.ended[-1].score >= best
         self.finished = length == self.limit or hopeless or not heirs
-        parents = [row for row, _ in heirs]
+        heirs += [(row, None) for row in range(len(heirs), self.width)]
         self.running = [hypothesis for _, hypothesis in heirs]
-        unused = range(len(heirs), self.width)
-        self.running += [None for _ in unused]
-        return [*parents, *unused]
+        return [row for row, _ in heirs]
 
     def _end(self, found: Hypothesis) -> None:
         score = found.score / len(found.tokens) ** self.length_penalty

@@ -997,7 +997,10 @@ def test_the_phrasebook_speaks_romanian(phrases):
         ("I saw her.", "Am văzut-o."),
         ("You help the teacher.", "Îl ajuți pe profesor."),
         ("We helped the girl.", "Am ajutat-o pe fată."),
-        ("Twenty old dogs will see these nurses.", "Douăzeci de câini bătrâni le vor vedea pe aceste asistente."),
+        (
+            "Twenty old dogs will see these nurses.",
+            "Douăzeci de câini bătrâni le vor vedea pe aceste asistente.",
+        ),
         ("Why did she buy his key?", "De ce a cumpărat ea cheia lui?"),
         ("We liked the good dog.", "Ne-a plăcut câinele bun."),
         ("Did he not like these new cities?", "Lui nu i-au plăcut aceste orașe noi?"),
@@ -1361,7 +1364,7 @@ def test_no_source_sentence_stands_on_both_sides():
 
 @pytest.fixture(scope="module")
 def prepared():
-    return data.prepare(as_pairs(data.phrasebook(1200)), "train:400", 24, 200)
+    return run.prepare(as_pairs(data.phrasebook(1200)), "train:400", 24, 200)
 
 
 def test_the_own_tokenizer_round_trips(prepared):
@@ -1408,7 +1411,7 @@ def test_the_tokenizer_is_trained_on_the_training_rows_alone():
     _, held_out = data.hold_out(range(100), range(100), 10)
     for row in held_out:
         rows[row] = tuple(f"qqqq wwww zzzz {row} {text}" for text in rows[row])
-    prepared = data.prepare(as_pairs(rows), "train:600", 64, 10)
+    prepared = run.prepare(as_pairs(rows), "train:600", 64, 10)
     # Which rows are held out depends on their number and not on their text.
     vocabulary = " ".join(prepared.tokenizer.get_vocab())
     assert "common" in vocabulary and "qq" not in vocabulary and "ww" not in vocabulary
@@ -1599,7 +1602,7 @@ def test_a_saved_tokenizer_names_a_class_that_transformers_4_and_5_know(folder):
 @pytest.mark.parametrize("name", ["./missing", "train:x", "train:10", "train:9999999"])
 def test_a_tokenizer_that_cannot_be_is_refused(name, phrases):
     with pytest.raises(InputError, match="tokenizer|vocabulary"):
-        data.prepare(as_pairs(phrases[:50]), name, 64, 5)
+        run.prepare(as_pairs(phrases[:50]), name, 64, 5)
 
 
 # ---- command line -----------------------------------------------------------------------------
@@ -2506,7 +2509,7 @@ def fit(
     if state is not None:
         model.load_state_dict(state.pop("model"))
         progress.load(state)
-        loaders[0].batch_sampler.start_at(progress.epoch, progress.batch)
+        loaders[0].batch_sampler.start = (progress.epoch, progress.batch)
     if loop == "raw":
         run.train_raw(model, *loaders, config, progress)
         return model, progress, None
@@ -2598,7 +2601,7 @@ def test_resuming_reads_only_what_is_left(prepared):
     sampler = data.BucketBatchSampler(*prepared.train.lengths, 64, seed=1)
     sampler.set_epoch(1)
     whole = list(sampler)
-    sampler.start_at(1, 3)
+    sampler.start = (1, 3)
     assert list(sampler) == whole[3:] and len(sampler) == len(whole)
     sampler.set_epoch(2)
     assert len(list(sampler)) == len(whole)
