@@ -3079,16 +3079,17 @@ def load_transformers(model, tokens: list[str], limit: int, threads: int) -> Dec
     return decode
 
 
-def load_ctranslate2(model, tokens: list[str], limit: int, threads: int) -> Decoder:
-    """CTranslate2, through our export."""
+def load_ctranslate2(
+    model, tokens: list[str], limit: int, threads: int, quantization: str | None = None
+) -> Decoder:
+    """CTranslate2, through our export, searching as `Engine` does."""
     import ctranslate2
 
     with tempfile.TemporaryDirectory() as folder:
-        to_ctranslate2(model, tokens, Path(folder))
+        to_ctranslate2(model, tokens, Path(folder), quantization)
         translator = ctranslate2.Translator(
             folder,
             device=next(model.parameters()).device.type,
-            compute_type="float32",
             inter_threads=1,
             intra_threads=threads,
         )
@@ -3098,6 +3099,7 @@ def load_ctranslate2(model, tokens: list[str], limit: int, threads: int) -> Deco
         results = translator.translate_batch(
             [[tokens[i] for i in row] for row in rows],
             beam_size=beam,
+            patience=2 if beam > 1 else 1,
             max_decoding_length=limit,
         )
         return [[number[token] for token in r.hypotheses[0]] for r in results]
@@ -3109,6 +3111,7 @@ LIBRARIES = {
     "ours": load_ours,
     "transformers": load_transformers,
     "ctranslate2": load_ctranslate2,
+    "ctranslate2 int8": partial(load_ctranslate2, quantization="int8"),
 }
 
 
@@ -3213,9 +3216,9 @@ def serving(target: Callable, jobs: dict[str, tuple]) -> Iterator[dict[str, Call
 
 
 def choose_libraries(device: torch.device) -> list[str]:
-    names = [name for name in LIBRARIES if name == "ours" or find_spec(name)]
+    names = [name for name in LIBRARIES if name == "ours" or find_spec(name.split()[0])]
     # CTranslate2 does not know MPS.
-    return [name for name in names if name != "ctranslate2" or device.type != "mps"]
+    return [name for name in names if "ctranslate2" not in name or device.type != "mps"]
 
 
 def machine_rates(device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[float, float]:
