@@ -180,19 +180,9 @@ class Attention(nn.Module):
         """Scaled dot-product attention, its heads side by side, before `out_proj`: [B, T, D].
 
         query [B, H, T, Dh], key and value [B, H, S, Dh], mask boolean, broadcastable to
-        [B, H, T, S]. Written out on a CPU for sentences of usual length, where the fused kernel
-        takes longer.
+        [B, H, T, S].
         """
-        steps, seen = query.size(2), key.size(2)
-        if 1 < steps <= 2**16 // seen and removes_pads(query.device):
-            scores = (query * key.size(-1) ** -0.5) @ key.mT  # [B, H, T, S]
-            if is_causal:
-                mask = torch.ones(steps, seen, dtype=torch.bool).tril()
-            if mask is not None:
-                scores = scores.masked_fill(~mask, -math.inf)
-            mixed = scores.softmax(dim=-1) @ value
-        else:
-            mixed = F.scaled_dot_product_attention(query, key, value, mask, 0.0, is_causal)
+        mixed = F.scaled_dot_product_attention(query, key, value, mask, 0.0, is_causal)
         return mixed.transpose(1, 2).flatten(2)  # [B, H, T, Dh] -> [B, T, D]
 
 
@@ -402,13 +392,9 @@ class TransformerSeq2SeqModel(nn.Module):
         """
         # No gradient reaches the hidden state of a pad, nor the output weights from it.
         hidden = hidden.masked_fill(labels.eq(self.config.pad_id)[:, None], 0)
+        weight, needs_grad = self.output.weight, torch.is_grad_enabled()
         return _ProjectedLoss.apply(
-            hidden,
-            self.output.weight,
-            labels,
-            self.config,
-            label_smoothing,
-            torch.is_grad_enabled(),
+            hidden, weight, labels, self.config, label_smoothing, needs_grad
         )
 
     def forward(
@@ -887,14 +873,11 @@ def count_flops(
     (backward: one product each for inputs and weights).
     """
     size, wide = config.d_model, config.dim_feedforward
-    encoder = source_length * (4 * size**2 + 2 * size * wide + 2 * size * source_length)
+    layer = 4 * size**2 + 2 * size * wide + 2 * size * source_length  # of one source token
+    encoder = config.num_encoder_layers * source_length * layer
     memory = source_length * 2 * size**2
     seen = source_length + (target_length + 1) / 2  # keys per target token, on average
-    decoder = target_length * (6 * size**2 + 2 * size * wide + 2 * size * seen)
-    output = target_length * size * config.vocab_size
-    products = (
-        config.num_encoder_layers * encoder
-        + config.num_decoder_layers * (memory + width * decoder)
-        + width * output
-    )
-    return int(2 * products)
+    layer = 6 * size**2 + 2 * size * wide + 2 * size * seen  # of one target token
+    decoder = config.num_decoder_layers * (memory + width * target_length * layer)
+    output = width * target_length * size * config.vocab_size
+    return int(2 * (encoder + decoder + output))
