@@ -351,6 +351,9 @@ def read_pairs(
 
     Raises InputError, for text files with file and line.
     """
+    for language in languages:
+        if language_code(language) not in LANGUAGES:
+            note(f"no rules are known for the language {language!r}: its text gets NFC alone")
     names = [dataset] if isinstance(dataset, str) else list(dataset)
     for table in _open_tables(names, subset, split, languages):
         first = next(table.rows, None)

@@ -3661,7 +3661,7 @@ def bench_case(config: TrainConfig, prepared: Data, device: torch.device):
     pad_id = model.config.pad_id
     sampler = GatedSampler(*prepared.train.lengths, config.batch_size, config.seed)
     collate = partial(data.pad_batch, pad_id=pad_id)
-    train_loader = torch.utils.DataLoader(prepared.train, batch_sampler=sampler, collate_fn=collate)
+    train_loader = torch.utils.data.DataLoader(prepared.train, batch_sampler=sampler, collate_fn=collate)
     validation_loader = data.make_loader(prepared.validation, config.batch_size, pad_id)
     progress = Progress(config.precision == "fp16")
     return model, [train_loader, validation_loader], progress
@@ -3829,7 +3829,7 @@ def serve_start(stock: bool, config: TrainConfig, prepared: Data, device_name: s
         rows = [prepared.train[row] for row in range(200)]
         sides = data.pad_batch(rows, model.config.pad_id)
         fixed = torch.utils.data.TensorDataset(*sides)
-        loaders[0] = torch.utils.DataLoader(fixed, batch_size=16)
+        loaders[0] = torch.utils.data.DataLoader(fixed, batch_size=16)
         loaders[0].initial_tokenizer = prepared.tokenizer
     with contextlib.suppress(Described):
         record.fit(adapter, lambda: train_lightning(adapter, *loaders, config, device))
