@@ -163,14 +163,14 @@ def _import_datasets():
     return datasets
 
 
-# Formats by the ending of a file. TSV is read as it stands, without quoting; the others by
-# `datasets`.
+# By the ending of a file. TSV is read as it stands, without quoting; the others by `datasets`.
 FORMATS = {".tsv": "tsv", ".csv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
 def _file_table(path: Path) -> Table:
+    """A file in one of the `FORMATS`."""
     kind, lines = FORMATS[path.suffix.lower()], read_lines(path)
-    if kind == "tsv" or not path.stat().st_size:
+    if kind == "tsv" or path.stat().st_size == 0:
         return Table(str(path), ((place, line.split("\t")) for place, line in lines))
     if kind != "parquet":  # checked here, because errors of `datasets` tell no line
         for place, line in lines:

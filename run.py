@@ -3661,7 +3661,9 @@ def bench_case(config: TrainConfig, prepared: Data, device: torch.device):
     pad_id = model.config.pad_id
     sampler = GatedSampler(*prepared.train.lengths, config.batch_size, config.seed)
     collate = partial(data.pad_batch, pad_id=pad_id)
-    train_loader = torch.utils.data.DataLoader(prepared.train, batch_sampler=sampler, collate_fn=collate)
+    train_loader = torch.utils.data.DataLoader(
+        prepared.train, batch_sampler=sampler, collate_fn=collate
+    )
     validation_loader = data.make_loader(prepared.validation, config.batch_size, pad_id)
     progress = Progress(config.precision == "fp16")
     return model, [train_loader, validation_loader], progress

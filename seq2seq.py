@@ -494,23 +494,23 @@ class _ProjectedLoss(torch.autograd.Function):
         elements = _ProjectedLoss.ROWS_CPU if x.device.type == "cpu" else _ProjectedLoss.ROWS
         size, rows = (max(1, count // vocab_size) for count in (_ProjectedLoss.PIECE, elements))
         losses, grad_x, grad_w = [], torch.empty_like(x), None
-        for piece in zip(x.split(size), labels.split(size), grad_x.split(size)):
-            part, part_labels, grad_part = piece
+        pieces = zip(x.split(size), labels.split(size), grad_x.split(size))
+        for part, part_labels, part_grad in pieces:
             # Products are written to `out=`, which autocast leaves alone.
             logits = torch.mm(part, w.t(), out=part.new_empty(len(part), vocab_size))  # [C, V]
-            for few, wanted in zip(logits.split(rows), part_labels.split(rows)):
-                log_probs = few.log_softmax(dim=-1, dtype=torch.float32)
-                loss = log_probs.gather(1, wanted) * (smoothing - 1)
+            for block, targets in zip(logits.split(rows), part_labels.split(rows)):
+                log_probs = block.log_softmax(dim=-1, dtype=torch.float32)
+                loss = log_probs.gather(1, targets) * (smoothing - 1)
                 if smoothing:
                     loss -= log_probs.mean(dim=1, keepdim=True) * smoothing
                 losses.append(loss)
                 gradient = log_probs.exp_()
                 if smoothing:
                     gradient -= smoothing / vocab_size
-                gradient.scatter_add_(1, wanted, torch.full_like(loss, smoothing - 1))
-                few.copy_(gradient)
+                gradient.scatter_add_(1, targets, torch.full_like(loss, smoothing - 1))
+                block.copy_(gradient)
             if needs_grad:  # `logits` holds their gradient now
-                torch.mm(logits, w, out=grad_part)
+                torch.mm(logits, w, out=part_grad)
                 more = torch.mm(logits.t(), part, out=torch.empty_like(w))  # [V, D]
                 # Summed in float32, as a copy: adding two dtypes is slow on a CPU.
                 grad_w = more if grad_w is None else grad_w.float().add_(more.float())
