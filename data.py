@@ -176,15 +176,18 @@ def _file_table(path: Path) -> Table:
         for place, line in lines:
             if kind == "csv" and "\0" in line:  # older pandas cut the field there
                 raise InputError(f"{place}: a NUL character, which .csv cannot hold")
-    datasets, options = _import_datasets(), {"streaming": True}  # which leaves no cache
-    if kind == "csv":
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            columns = [str(number) for number, _ in enumerate(next(csv.reader(file)))]
-        features = datasets.Features(dict.fromkeys(columns, datasets.Value("string")))
-        options |= {"header": None, "column_names": columns, "features": features}
-        # "NA" and "null" are words, and an empty line is a row.
-        options |= {"keep_default_na": False, "na_filter": False, "skip_blank_lines": False}
-    load = partial(datasets.load_dataset, kind, data_files=str(path), split="train", **options)
+
+    def load():
+        datasets, options = _import_datasets(), {"split": "train", "data_files": str(path)}
+        if kind == "csv":
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                columns = [str(number) for number, _ in enumerate(next(csv.reader(file), []))]
+            features = datasets.Features(dict.fromkeys(columns, datasets.Value("string")))
+            options |= {"header": None, "column_names": columns, "features": features}
+            # "NA" and "null" are words, and an empty line is a row.
+            options |= {"keep_default_na": False, "na_filter": False, "skip_blank_lines": False}
+        return datasets.load_dataset(kind, streaming=True, **options)  # streams leave no cache
+
     table = _datasets_table(str(path), load)
     return table._replace(names=None) if kind == "csv" else table
 
@@ -215,8 +218,9 @@ def _datasets_table(label: str, load: Callable) -> Table:
 def hub_reachable(seconds: float = 5.0) -> bool:
     """Whether the Hugging Face hub answers. Asked before anything that would retry for minutes.
 
-    Where it does not, HF_HUB_OFFLINE is set, so that what is cached loads and all else fails at
-    once. The libraries read that variable when they are imported, hence our late imports.
+    Where it does not, HF_HUB_OFFLINE is set for the process, so that what is cached loads and all
+    else fails at once. The libraries read that variable when they are imported, hence our late
+    imports: a program that has imported them before keeps their retries.
     """
     import requests
 
@@ -237,7 +241,7 @@ def _cannot_load(what: str, error: Exception, online: bool, advice: str) -> Inpu
     return InputError(f"cannot load {what}: {reason}; {advice}")
 
 
-@lru_cache(maxsize=4)  # it is asked for its splits and for its rows
+@lru_cache(maxsize=4)  # `has_split` may ask for several splits of one
 def _hub_dataset(name: str, subset: str | None, split: str | None):
     """A split of a hub data set; None: all of them by name. Raises InputError."""
     online = hub_reachable()
@@ -269,7 +273,7 @@ def _open_tables(
     unknown = [path for path in paths if path.suffix.lower() not in FORMATS]
     if names == [PHRASEBOOK]:
         rows = ((f"phrase {i}", list(pair)) for i, pair in enumerate(phrasebook(), 1))
-        return [Table(PHRASEBOOK, rows, ["source", "target"])]
+        return [Table(PHRASEBOOK, rows, ["en", "ro"])]
     if is_on_hub(names):
         label = "/".join(filter(None, (names[0], subset, split)))
         return [_datasets_table(label, partial(_hub_dataset, names[0], subset, split))]
@@ -292,7 +296,9 @@ def _find_columns(names: list[str], languages: tuple[str, str]) -> tuple[int, in
     for sides in (wanted, [["source", "src"], ["target", "tgt", "trg"]]):
         found = [[i for i, code in enumerate(codes) if code in side] for side in sides]
         if all(found) and found[0] != found[1]:
-            return found[0][0], found[1][0]
+            # The shortest name of several: "en" rather than "en_id".
+            source, target = (min(side, key=lambda i: len(names[i])) for side in found)
+            return source, target
     return None
 
 
@@ -319,8 +325,9 @@ def _choose_columns(
         source, target = (names[i] for i in found)
         note(f"{table.label}: line 1 is a header; source is {source!r}, target is {target!r}")
     elif found is None:
-        # A language that is asked for, beside one that is not, is a header of other languages.
-        named = table.names is not None or any(language_code(name) in LANGUAGES for name in names)
+        # The name of one language that is known or asked for: a header of other languages.
+        known = {*LANGUAGES, *map(language_code, languages)}
+        named = table.names is not None or any(language_code(name) in known for name in names)
         if named or len(names) != 2:
             raise InputError(
                 f"{table.label}: no columns for {languages[0]} and {languages[1]}, found {listed}; "
@@ -347,7 +354,8 @@ def read_pairs(
         subset, split: of a hub data set.
         languages: of source and target, in any spelling; they decide how text is normalised, and
             find the columns by their names.
-        columns: the columns of source and target instead, by name or by number from 1.
+        columns: the columns of source and target instead, by name or by number from 1. By number,
+            a header that names no known language is read as a pair.
 
     Raises InputError, for text files with file and line.
     """
@@ -365,7 +373,8 @@ def read_pairs(
         for place, fields in table.rows if is_header else chain([first], table.rows):
             if len(fields) != width and any(fields):
                 raise InputError(f"{place}: {len(fields)} columns, where line 1 has {width}")
-            texts = [fields[i] or "" if len(fields) == width else "" for i in (source, target)]
+            texts = [fields[i] if len(fields) == width else "" for i in (source, target)]
+            texts = ["" if text is None else text for text in texts]
             for text in texts:
                 if not isinstance(text, str) or SURROGATE.search(text):
                     raise InputError(f"{place}: expected text, found {text!r:.40}")
@@ -451,7 +460,7 @@ def load_tokenizer(name: str):
 
 
 def _plain_text(tokenizer):
-    """The tokenizer, told that "</s>" in a text is five characters and no end."""
+    """The tokenizer, told that "</s>" in a text is four characters and no end."""
     tokenizer.split_special_tokens = True  # where transformers 5 looks
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.encode_special_tokens = True  # and 4
@@ -628,6 +637,8 @@ class BucketBatchSampler(Sampler[list[int]]):
     start: tuple[int, int] = (0, 0)  # epoch, and the batch with which it begins
 
     def __post_init__(self) -> None:
+        if not self.batch_size and not self.batch_tokens:
+            raise ValueError("a batch needs batch_size or batch_tokens")
         self.sampler = self  # where Lightning looks for set_epoch
         self.set_epoch(0)
 
@@ -653,9 +664,9 @@ class BucketBatchSampler(Sampler[list[int]]):
             longest = round_up(np.maximum(source, target), self.multiple)
         # As many strata as a stratum has batches: pads of the two sides weigh the same.
         strata = max(1, round(math.sqrt(longest.sum() / budget)))
-        rank = np.empty(len(rows), int)
-        rank[np.lexsort((source, target))] = np.arange(len(rows))
-        stratum = rank * strata // max(len(rows), 1)
+        by_target = np.empty(len(rows), int)
+        by_target[np.lexsort((source, target))] = np.arange(len(rows))
+        stratum = by_target * strata // max(len(rows), 1)
         # There and back, so that a batch over the border of two strata is no odd one.
         by_source = np.where(stratum % 2, -source, source)
         order = np.lexsort((by_source, stratum))
@@ -722,8 +733,7 @@ def pad_side(rows: Iterable[Tensor], pad_id: int = 0, multiple: int = 1) -> Tens
     ids = pad_sequence(list(rows), batch_first=True, padding_value=pad_id)
     used = ids.ne(pad_id).any(dim=0).nonzero()  # columns that hold a token, [K, 1]
     width = round_up(int(used.max()) + 1, multiple)
-    more = max(0, width - ids.size(1))
-    return torch.nn.functional.pad(ids[:, :width], (0, more), value=pad_id)
+    return torch.nn.functional.pad(ids, (0, width - ids.size(1)), value=pad_id)  # or cut
 
 
 def pad_batch(
@@ -741,7 +751,8 @@ def make_loader(
 ) -> DataLoader:
     """Batches (input_ids [B, S], labels [B, T]) of (source, target) rows with `.lengths`.
 
-    `sampling`: what else `BucketBatchSampler` takes.
+    `sampling`: what else `BucketBatchSampler` takes. Every epoch has the same order unless
+    `loader.batch_sampler.set_epoch(epoch)` is called before it.
     """
     sampler = BucketBatchSampler(*dataset.lengths, batch_size, multiple=multiple, **sampling)
     collate = partial(pad_batch, pad_id=pad_id, multiple=multiple)
@@ -792,7 +803,8 @@ def create_dataloaders(
 
     Exact duplicate pairs are dropped, and no source sentence stands on both sides. A batch is
     (input_ids [B, S], labels [B, T]), trimmed to its longest row; an item of `.dataset` keeps its
-    full width, which is what Modlee's callbacks read.
+    full width, which is what Modlee's callbacks read. For a new order in every epoch call
+    `train.batch_sampler.set_epoch(epoch)` before it.
     """
     pairs = torch.cat([input_ids, decoder_input_ids], dim=1)  # [N, S + T]
     sources, targets = pairs.unique(dim=0).tensor_split([input_ids.size(1)], dim=1)
@@ -935,13 +947,13 @@ def _subject(rng: random.Random, kinds: str) -> dict:
 
 def _action(rng: random.Random, tense: str, no: str, question: bool) -> tuple[str, str]:
     """A subject, a verb, and an object or a place."""
-    subject, clitic, short = _subject(rng, "hha"), "", ""
+    subject, clitic, short = _subject(rng, "ha"), "", ""
     person = subject["person"]
     verb = rng.choice([verb for verb in _VERBS if subject["kind"] in verb[4]])
     if verb[3] == "-":
         thing, (en, ro) = _noun_phrase(rng, "p", _DEFINITE), rng.choice(_PREPOSITIONS)
         en_object, ro_object = f"{en} {thing['en']}", f"{ro} {thing['governed']}"
-    elif "h" in verb[3] and rng.random() < 0.3:  # but not "I see me", "we see me"
+    elif "h" in verb[3] and rng.random() < 0.3:  # not "I see me", "we see me", "she sees her"
         others = [p for p in _PRONOUNS if int(p[2]) % 3 != person % 3]
         _, en_object, _, _, _, clitic, short, *_ = rng.choice(others)
         ro_object = ""

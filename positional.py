@@ -7,7 +7,7 @@ use for it. Both take the position of the first token (`offset`), so that a deco
 key/value cache can pass one token at a time:
 
     embed(x, offset)    added to token embeddings     x [B, T, D]     -> [B, T, D]
-    rotate(x, offset)   applied to queries and keys   x [B, H, T, Dh] -> [B, H, T, Dh]
+    rotate(x, offset)   applied to queries and keys   x [..., T, Dh]  -> [..., T, Dh]
 
 `POSITIONAL_KINDS` maps the name of a kind to its class. Computed tables are buffers, never
 parameters: they are not trained, not saved, and grow when a longer sequence comes.
@@ -61,7 +61,7 @@ class NoPositionalEncoding(nn.Module):
         return x
 
     def rotate(self, x: Tensor, offset: int = 0) -> Tensor:
-        """Queries or keys x [B, H, T, Dh] at positions offset .. offset + T - 1 -> same shape."""
+        """Queries or keys x [..., T, Dh] at positions offset .. offset + T - 1 -> same shape."""
         return x
 
 
@@ -80,7 +80,8 @@ class _TablePositionalEncoding(NoPositionalEncoding):
     def rows(self, x: Tensor, offset: int) -> Tensor:
         """The rows of the table for x [..., T, C] at positions offset .. offset + T - 1."""
         end, length = offset + x.size(-2), len(self.table)
-        # The device differs where the model was built on "meta", to load weights into it.
+        # The device differs where the model was built on "meta" and got its weights by
+        # `load_state_dict(weights, assign=True)`; after `to_empty` the table would be undefined.
         if end > length or self.table.device != x.device:
             longer = length if end <= length else max(end, 2 * length)
             # A table made in inference mode could not be used in training afterwards.
@@ -115,9 +116,9 @@ class RotaryPositionalEncoding(_TablePositionalEncoding):
 
     def rotate(self, x: Tensor, offset: int = 0) -> Tensor:
         cos, sin = self.rows(x, offset).chunk(2, dim=1)  # 2 x [T, Dh / 2]
-        first, second = x.chunk(2, dim=-1)  # 2 x [B, H, T, Dh / 2]
+        first, second = x.chunk(2, dim=-1)  # 2 x [..., T, Dh / 2]
         rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-        return rotated.to(x.dtype)  # 16-bit inputs are rotated in the table's float32
+        return rotated.to(x.dtype)  # under autocast 16-bit inputs are rotated in float32
 
 
 class LearnedPositionalEncoding(NoPositionalEncoding):

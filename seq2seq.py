@@ -70,7 +70,8 @@ class Seq2SeqConfig:
             raise ValueError(f"positional must be one of {known}; got {self.positional!r}")
         for name in ("pad_id", "eos_id"):
             if not 0 <= getattr(self, name) < self.vocab_size:
-                raise ValueError(f"{name}={getattr(self, name)} is not below {self.vocab_size=}")
+                value, most = getattr(self, name), self.vocab_size
+                raise ValueError(f"{name} must be in [0, vocab_size = {most}), got {value}")
         if self.pad_id == self.eos_id:
             raise ValueError(f"pad_id and eos_id are both {self.pad_id}: no sentence could end")
 
@@ -322,7 +323,10 @@ class TransformerSeq2SeqModel(nn.Module):
         self.tie_embeddings()
 
     def tie_embeddings(self) -> None:
-        """Make output and embedding one parameter, if the configuration says so."""
+        """Make output and embedding one parameter, if the configuration says so.
+
+        To be called again after `copy.deepcopy` and after `load_state_dict(weights, assign=True)`.
+        """
         if self.config.tie_embeddings:
             self.output.weight = self.embedding.weight
             # The lookup gives the row of pad no gradient; the output must not either.
@@ -479,7 +483,7 @@ class _ProjectedLoss(torch.autograd.Function):
     """
 
     PIECE = 2**26  # logits of a piece, in the dtype of the products: 128 MiB in bfloat16
-    ROWS, ROWS_CPU = 2**24, 2**20  # of these in float32 at once; 4 MiB fit a CPU's cache
+    BLOCK, BLOCK_CPU = 2**24, 2**20  # of these in float32 at once; 4 MiB fit a CPU's cache
 
     @staticmethod
     def forward(ctx, hidden, weight, labels, config, smoothing: float, needs_grad: bool) -> Tensor:
@@ -491,8 +495,9 @@ class _ProjectedLoss(torch.autograd.Function):
         dtype = F.linear(hidden[:1], weight[:1]).dtype
         dtype = torch.float32 if dtype == torch.float16 else dtype
         x, w = hidden.to(dtype), weight[:vocab_size].to(dtype)
-        elements = _ProjectedLoss.ROWS_CPU if x.device.type == "cpu" else _ProjectedLoss.ROWS
-        size, rows = (max(1, count // vocab_size) for count in (_ProjectedLoss.PIECE, elements))
+        elements = _ProjectedLoss.BLOCK_CPU if x.device.type == "cpu" else _ProjectedLoss.BLOCK
+        size = max(1, _ProjectedLoss.PIECE // vocab_size)  # tokens of a piece
+        rows = max(1, elements // vocab_size)  # tokens of a block of it
         losses, grad_x, grad_w = [], torch.empty_like(x), None
         pieces = zip(x.split(size), labels.split(size), grad_x.split(size))
         for part, part_labels, part_grad in pieces:
@@ -656,14 +661,14 @@ def _decode_rows(
 def greedy_decode(
     model: TransformerSeq2SeqModel, input_ids: Tensor, max_new_tokens: int | None = None
 ) -> Tensor:
-    """The likeliest token at every step, until every row has written eos and left the batch.
+    """The likeliest token at every step, until every row has written eos or reached its limit.
 
     Args:
         input_ids: [B, S] int64, padded on the right.
         max_new_tokens: where a sentence that does not end is cut; default twice its source plus
             10, so that a row does not depend on its neighbours. Never past learned positions.
 
-    Returns: [B, T] int64; pads follow the eos of a row. The model is in eval mode for the call.
+    Returns: [B, T] int64; pads follow the end of a row. The model is in eval mode for the call.
     """
 
     def likeliest(logits: Tensor, rows: list[int], step: int) -> Tensor:
@@ -719,7 +724,7 @@ class Hypothesis:
 
     tokens: list[int]  # ends in eos, unless the limit cut it off
     log_probs: list[float]  # of each token, in nats
-    score: float | None  # sum of log_probs / number of tokens ** length_penalty
+    score: float | None  # sum of log_probs / number of tokens ** length_penalty; None: not asked
 
 
 class _Beam:
@@ -781,7 +786,7 @@ def beam_search(
     """The best translations found by keeping `beam_size` hypotheses at every step.
 
     A hypothesis that ends is put on a list of the `beam_size` best. A sentence is finished, and
-    leaves the batch, when no running hypothesis would get onto its list. Agrees with `generate` of
+    leaves the batch, when no running hypothesis would get onto it if it ended now. Agrees with `generate` of
     transformers (early_stopping=False). `beam_size` 1 is greedy decoding.
 
     Args:
@@ -790,7 +795,7 @@ def beam_search(
             which prefers short translations; 1: the mean.
         num_return: hypotheses per sentence, at most `beam_size`.
 
-    Returns: for every sentence its hypotheses, best first. Raises ValueError for sizes below 1.
+    Returns: for every sentence its hypotheses, best first. Raises ValueError for values out of range.
     """
     if beam_size < 1 or not 1 <= num_return <= beam_size:
         raise ValueError(f"need 1 <= num_return <= beam_size, got {num_return} and {beam_size}")

@@ -227,7 +227,7 @@ def test_embedding_rows_are_rounded_up_and_tied():
         ({"dropout": 1.0}, "dropout"),
         ({"num_decoder_layers": 0}, "num_decoder_layers must be at least 1"),
         ({"eos_id": 0}, "no sentence could end"),
-        ({"pad_id": 50}, "pad_id=50"),
+        ({"pad_id": 50}, "pad_id must be in"),
     ],
 )
 def test_impossible_sizes_are_refused(changes, message):
@@ -767,7 +767,7 @@ def loss_and_gradients(model, input_ids, labels, smoothing=0.0, fused=True):
 def test_the_loss_without_pads_and_logits_is_the_plain_one(kind, smoothing, pieces, monkeypatch):
     """Value and gradients, tied and untied, in one piece and in many."""
     monkeypatch.setattr(_ProjectedLoss, "PIECE", pieces[0])
-    monkeypatch.setattr(_ProjectedLoss, "ROWS_CPU", pieces[1])
+    monkeypatch.setattr(_ProjectedLoss, "BLOCK_CPU", pieces[1])
     batch = padded_batch([(3, 9), (12, 2), (7, 7), (1, 1)])
     for tied in (True, False):
         model = tiny_model(positional=kind, tie_embeddings=tied, dropout=0.0)
@@ -809,7 +809,7 @@ def test_the_loss_never_holds_all_logits(monkeypatch):
     from torch.utils._python_dispatch import TorchDispatchMode
 
     monkeypatch.setattr(_ProjectedLoss, "PIECE", 50 * 20)
-    monkeypatch.setattr(_ProjectedLoss, "ROWS_CPU", 50 * 4)
+    monkeypatch.setattr(_ProjectedLoss, "BLOCK_CPU", 50 * 4)
     largest = 0
 
     class Watch(TorchDispatchMode):
@@ -1079,6 +1079,8 @@ def test_every_format_holds_the_same_pairs(tmp_path):
         ("a.tsv", b"a\tb\nc\xff\td\n", r"a\.tsv:2: not valid UTF-8"),
         ("a.tsv", b"a\tb\tc\n", r"a\.tsv: no columns for en and ro, found a, b, c; pick two"),
         ("a.tsv", b"a\tb\nab\n", r"a\.tsv:2: 1 columns, where line 1 has 2"),
+        ("a.csv", b"\xef\xbb\xbf", r"a\.csv: not readable: No columns"),
+        ("a.csv", b"x" * 200_000 + b",b\n", r"a\.csv: not readable: field larger"),
         ("a.tsv", b"en\tde\na\tb\n", r"a\.tsv: no columns for en and ro, found en, de"),
         ("a.csv", b"id,english,other\n1,a,b\n", "found id, english, other; pick two"),
         ("a.csv", b"en,ro\na,b,c\n", r"a\.csv: not readable: .*line 2"),
@@ -1149,7 +1151,20 @@ def test_columns_are_picked_by_name_or_number(tmp_path, capsys):
         read_all(headed, columns=("2", "5"))
 
 
+def test_of_several_columns_of_a_language_the_one_named_after_it_is_taken(tmp_path):
+    path = tmp_path / "a.tsv"
+    path.write_text("en_id\ten\tro\n1\tThe lamp.\tLampa.\n", encoding="utf-8")
+    assert read_all(path) == TEXT[:1]
+
+
 def test_the_direction_is_that_of_the_data(tmp_path, capsys):
+    english, romanian = next(data.phrasebook())
+    assert read_all("phrasebook")[0] == (english, romanian)
+    assert read_all("phrasebook", languages=("ro", "en"))[0] == (romanian, english)
+    with pytest.raises(InputError, match="no columns for de and fr"):
+        read_all(
+            write_pairs(tmp_path / "it.tsv", [("de", "it"), ("a", "b")]), languages=("de", "fr")
+        )
     for name, side in (("x.en", 0), ("x.ro", 1)):
         (tmp_path / name).write_text("".join(f"{pair[side]}\n" for pair in TEXT), encoding="utf-8")
     english, romanian = tmp_path / "x.en", tmp_path / "x.ro"
