@@ -1,0 +1,258 @@
+"""Decoding speed: greedy_decode and beam_search, transformers' generate and CTranslate2, with the
+same weights.
+
+    python -m benchmarks.decode --model runs/NAME --json benchmarks/decode-demo.json
+    python -m benchmarks.decode --size tutorial --json benchmarks/decode-tutorial.json
+
+Every library is a process of its own. They take turns, and none is timed before its output is
+compared. CTranslate2 takes part where it is installed.
+"""
+
+import contextlib
+import dataclasses
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from typing import Literal
+
+import torch
+import tyro
+
+import data
+import run
+from run import InputError, TrainConfig
+from seq2seq import TransformerSeq2SeqModel, beam_search, greedy_decode
+
+
+@dataclass(frozen=True)
+class DecodeBench:
+    """Decoding speed, this program beside transformers' generate and CTranslate2."""
+
+    model: str | None = None  # model folder; None: random weights, which never end
+    size: Literal["demo", "tutorial"] = "demo"  # of random weights
+    sentences: int = 64  # how many sentences to decode
+    batch: tuple[int, ...] = (1, 32)  # sentences decoded together
+    beam: tuple[int, ...] = (1, 4)  # beam sizes; 1: greedy
+    max_new_tokens: int = 32  # where a translation is cut
+    turns: int = 5  # timed turns of every library
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to decode
+    json: str | None = None  # file for the figures
+
+
+def reference_case(config: DecodeBench, device: torch.device):
+    """(model, tokenizer, ids of the sentences)."""
+    if config.model is None:
+        settings = TrainConfig(**run.PRESETS[config.size])
+        sizes = {name: getattr(settings, name) for name in run.MODEL_SIZES}
+        vocabulary = {"demo": 800, "tutorial": 32_100}[config.size]
+        torch.manual_seed(0)
+        model = TransformerSeq2SeqModel(vocab_size=vocabulary, **sizes).to(device)
+        with torch.no_grad():  # eos never wins: every sentence is as long as allowed
+            model.embedding.weight[model.config.eos_id] = 0
+        lengths = torch.randint(5, 25, (config.sentences,)).tolist()
+        ids = [[*torch.randint(3, vocabulary, (length,)).tolist(), 1] for length in lengths]
+        return model.eval(), Numbered(), ids
+    model, tokenizer, languages = run.load_model(config.model, device)
+    lines = (english for english, _ in data.phrasebook(config.sentences, seed=1))
+    texts = [data.normalize(line, languages[0]) for line in islice(lines, config.sentences)]
+    return model, tokenizer, data.encode_texts(texts, tokenizer)
+
+
+class Numbered:
+    """In the place of a tokenizer: token i is "i"."""
+
+    unk_token = None
+
+    def convert_ids_to_tokens(self, ids) -> list[str]:
+        return [str(i) for i in ids]
+
+
+# A library, loaded: (ids of a batch, beam size) -> ids of each translation without eos.
+Decoder = Callable[[list[list[int]], int], list[list[int]]]
+
+
+def load_ours(model, tokenizer, limit: int, threads: int) -> Decoder:
+    torch.set_num_threads(threads)
+    device, config = next(model.parameters()).device, model.config
+
+    def decode(rows: list[list[int]], beam: int) -> list[list[int]]:
+        input_ids = data.pad_side(map(torch.tensor, rows), config.pad_id).to(device)
+        if beam == 1:
+            output = greedy_decode(model, input_ids, limit).tolist()
+        else:
+            found = beam_search(model, input_ids, beam, max_new_tokens=limit)
+            output = [best.tokens for best, *_ in found]
+        return [without_ends(row, config) for row in output]
+
+    return decode
+
+
+def load_transformers(model, tokenizer, limit: int, threads: int) -> Decoder:
+    """`generate`, with its cache, of the exported model."""
+    import transformers
+
+    torch.set_num_threads(threads)
+    transformers.logging.set_verbosity_error()
+    device, config = next(model.parameters()).device, model.config
+    exported = run.to_transformers(model).to(device)
+    exported.generation_config.max_length = None  # max_new_tokens decides
+
+    @torch.inference_mode()
+    def decode(rows: list[list[int]], beam: int) -> list[list[int]]:
+        input_ids = data.pad_side(map(torch.tensor, rows), config.pad_id).to(device)
+        output = exported.generate(
+            input_ids=input_ids,
+            attention_mask=input_ids.ne(config.pad_id).long(),
+            max_new_tokens=limit,
+            num_beams=beam,
+            do_sample=False,
+        )
+        return [without_ends(row, config) for row in output[:, 1:].tolist()]  # after the start
+
+    return decode
+
+
+def load_ctranslate2(
+    model, tokenizer, limit: int, threads: int, quantization: str | None = None
+) -> Decoder:
+    """CTranslate2, through our export, searching as `run.Engine` does."""
+    import ctranslate2
+
+    device = next(model.parameters()).device.type
+    with tempfile.TemporaryDirectory() as folder:
+        run.to_ctranslate2(model, tokenizer, Path(folder), quantization)
+        translator = ctranslate2.Translator(folder, device, intra_threads=threads)
+    tokens = tokenizer.convert_ids_to_tokens(range(model.config.vocab_size))
+    number = {token: i for i, token in enumerate(tokens)}
+
+    def decode(rows: list[list[int]], beam: int) -> list[list[int]]:
+        results = translator.translate_batch(
+            [[tokens[i] for i in row] for row in rows],
+            beam_size=beam,
+            patience=2 if beam > 1 else 1,
+            max_decoding_length=limit,
+        )
+        return [[number[token] for token in result.hypotheses[0]] for result in results]
+
+    return decode
+
+
+LIBRARIES = {
+    "ours": load_ours,
+    "transformers": load_transformers,
+    "ctranslate2": load_ctranslate2,
+    "ctranslate2 int8": partial(load_ctranslate2, quantization="int8"),
+}
+
+
+def without_ends(row: list[int], config) -> list[int]:
+    row = [token for token in row if token != config.pad_id]
+    return row[: row.index(config.eos_id)] if config.eos_id in row else row
+
+
+def serve_library(name: str, config: DecodeBench, pipe) -> None:
+    """A library in this process, which is its own: says None once loaded, then answers (batch size,
+    beam size, passes). No passes: the first run, (outputs, seconds). Else: seconds of a pass."""
+    device, threads = run.choose_device(config.device), torch.get_num_threads()
+    # CTranslate2 ends up with torch's OpenMP. Had torch started threads of its own, all together
+    # would count as too many for the cores and fall asleep after every operation.
+    torch.set_num_threads(1)
+    try:
+        model, tokenizer, sentences = reference_case(config, device)
+        library = LIBRARIES[name](model, tokenizer, config.max_new_tokens, threads)
+    except InputError as error:
+        pipe.send(error)
+        return
+    pipe.send(None)
+
+    def decode(batches: list) -> tuple[list, float]:
+        started = time.perf_counter()
+        outputs = [output for rows in batches for output in library(rows, beam)]
+        run.synchronize(device)
+        return outputs, time.perf_counter() - started
+
+    with contextlib.suppress(EOFError):
+        while True:
+            size, beam, passes = pipe.recv()
+            batches = [sentences[i : i + size] for i in range(0, len(sentences), size)][:16]
+            if not passes:
+                pipe.send(decode(batches))
+                continue
+            # Threads and caches had time to fall asleep.
+            warm = time.perf_counter() + 0.2
+            while time.perf_counter() < warm:
+                decode([batches[0][:1]])
+            pipe.send(decode(batches * passes)[1] / passes)
+
+
+def compare(serve: dict[str, Callable], size: int, beam: int, config: DecodeBench, bar) -> list:
+    """The rows of one batch size and beam."""
+    outputs, first = {}, {}
+    for name, ask in serve.items():
+        outputs[name], first[name] = ask(size, beam, 0)
+        bar.update()
+    passes = math.ceil(0.5 / first["ours"])  # a stall weighs less in a longer turn
+    seconds = {name: [] for name in serve}
+    for turn in range(config.turns):
+        for name in serve if turn % 2 == 0 else reversed(serve):
+            seconds[name].append(serve[name](size, beam, passes))
+            bar.update()
+    ours = outputs["ours"]
+    tokens = sum(min(len(row) + 1, config.max_new_tokens) for row in ours)  # with eos
+    rows = []
+    for name, taken in seconds.items():
+        ratios = [theirs / mine for mine, theirs in zip(seconds["ours"], taken)]
+        row = {"library": name, "batch": size, "beam": beam, "sentences": len(ours)}
+        row["same_output"] = sum(map(list.__eq__, ours, outputs[name]))
+        row |= {"tokens": tokens, "tokens_per_second": round(tokens / median(taken), 1)}
+        row["ms_per_sentence"] = round(1e3 * median(taken) / len(ours), 3)
+        row["ours_is_faster"] = [round(f(ratios), 2) for f in (median, min, max)]
+        rows.append(row | {"passes": passes, "turn_seconds": [round(v, 5) for v in taken]})
+    return rows
+
+
+def main(config: DecodeBench) -> dict:
+    counts = (config.sentences, config.max_new_tokens, config.turns, *config.batch, *config.beam)
+    run.require(min(counts) >= 1, "all counts must be at least 1")
+    run.check_report(config.json)
+    device = run.choose_device(config.device)
+    model, _, sentences = reference_case(config, device)
+    rate = run.matmul_rate(device, torch.float32, 2048, 1.0)
+    names = [name for name in LIBRARIES if name == "ours" or find_spec(name.split()[0])]
+    report = run.describe_machine(device)
+    report |= {"model": dataclasses.asdict(model.config), "sentences": len(sentences)}
+    report |= {"matmul_gflops": round(rate / 1e9, 1), "rows": []}
+    total = len(config.batch) * len(config.beam) * len(names) * (config.turns + 1)
+    jobs = {name: (name, config) for name in names}
+    with run.serving(serve_library, jobs) as serve, run.progress_bar(total=total) as bar:
+        for ask in serve.values():
+            ask()  # until it is loaded
+        for size in config.batch:
+            for beam in config.beam:
+                report["rows"] += compare(serve, size, beam, config, bar)
+    print(f"{report['machine']}; {len(sentences)} sentences, {report['matmul_gflops']} GFLOP/s")
+    print(f"{'':18}batch  beam  same  tokens/s  ms/sentence  ours is faster by")
+    for row in report["rows"]:
+        ratio = "{:.2f} ({:.2f} to {:.2f})".format(*row["ours_is_faster"])
+        print(
+            f"{row['library']:18}{row['batch']:5}{row['beam']:6}{row['same_output']:6}"
+            f"{row['tokens_per_second']:10,.0f}{row['ms_per_sentence']:13.2f}  {ratio}"
+        )
+    if config.json:
+        run.write_json(Path(config.json), report)
+    return report
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(DecodeBench, prog="python -m benchmarks.decode"))
+    except InputError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,166 @@
+"""Draw the pictures of the README.
+
+python -m benchmarks.figures                        from the JSON files in benchmarks/
+python -m benchmarks.figures attention DIR 'TEXT'   what a model looks at while it translates
+"""
+
+import json
+import math
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from run import ARMS, GROUPS, InputError, load_translator, split_text, write_file
+from seq2seq import cross_attention_weights
+
+HERE = Path(__file__).parent
+
+
+def save(figure: Figure, path: Path) -> None:
+    write_file(path, partial(figure.savefig, format="png", dpi=120))
+    print(path)
+
+
+def draw_bench(report: dict, path: Path) -> None:
+    """Left: what each thing costs per step, with its interval. Right: the same for three sizes."""
+    sizes = sorted(report["sizes"], key=lambda size: report["sizes"][size]["flops"])
+    # The itemised size is the one with the most rows.
+    middle = max(sizes, key=lambda size: sum(row["size"] == size for row in report["rows"]))
+    rows = [row for row in report["rows"] if row["arm"] not in (row["beside"], "compiled")]
+    items = [row for row in rows if row["size"] == middle]
+    items.sort(key=lambda row: list(ARMS).index(row["arm"]), reverse=True)
+    raw = {row["size"]: row["ms"] for row in report["rows"] if row["arm"] == "raw"}
+    figure = Figure(figsize=(12, 1.6 + 0.34 * max(len(items), 8)), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    colours = {"raw": "tab:blue", "off": "tab:orange", "autolog": "tab:green"}
+    for place, row in enumerate(items):
+        value, low, high = row["more_ms"]["loop"]
+        label = f"beside: {ARMS[row['beside']].label}"
+        if label in left.get_legend_handles_labels()[1]:
+            label = None
+        left.barh(place, value, color=colours[row["beside"]], alpha=0.6, label=label)
+        error = [[value - low], [high - value]]
+        left.errorbar(value, place, xerr=error, color="black", capsize=3)
+    left.set_yticks(range(len(items)), [row["label"] for row in items])
+    left.axvline(0, color="black", linewidth=0.8)
+    left.set_xlabel("loop overhead: ms more per step")
+    left.set_title(f"itemised: {middle} size, a step of the raw loop takes {raw[middle]:.1f} ms")
+    share = (lambda ms: ms / raw[middle] * 100, lambda share: share * raw[middle] / 100)
+    left.secondary_xaxis("top", functions=share).set_xlabel("% of a step")
+    left.legend(loc="lower right", fontsize=8)
+    for name in GROUPS[0][1:]:
+        points = [r for size in sizes for r in rows if (r["arm"], r["size"]) == (name, size)]
+        if points:
+            values, lows, highs = zip(*(row["more_ms"]["loop"] for row in points))
+            errors = [np.subtract(values, lows), np.subtract(highs, values)]
+            times = [raw[row["size"]] for row in points]
+            right.errorbar(times, values, errors, marker="o", capsize=3, label=ARMS[name].label)
+    right.axhline(0, color="black", linewidth=0.8)
+    right.set_xscale("log")
+    labels = [f"{size}\n{raw[size]:.0f} ms" for size in sizes]
+    right.set_xticks([raw[size] for size in sizes], labels)
+    right.minorticks_off()
+    right.set_xlabel("a step of the raw loop")
+    right.set_ylabel("ms more per step")
+    right.set_title("by size of the model")
+    right.legend(fontsize=8)
+    found = report["versions"]
+    figure.suptitle(
+        f"What Lightning costs: {report['machine']}, {report['precision']}, torch "
+        f"{found['torch']}, lightning {found['lightning']}, modlee {found['modlee'] or 'absent'}"
+        "\nmedians with bootstrapped 95 % intervals of paired differences",
+        fontsize=10,
+    )
+    save(figure, path)
+
+
+def draw_growth(report: dict, path: Path) -> None:
+    """Tokens per second and memory over the batch's budget, the sentences' length, the model."""
+    figure = Figure(figsize=(10, 5.2), layout="constrained")
+    titles = {
+        "budget": "tokens per batch",
+        "length": "tokens per sentence, all alike",
+        "size": "model",
+    }
+    axes = figure.subplots(2, 3, sharey="row", sharex="col")
+    for column, (kind, title) in enumerate(titles.items()):
+        found = {n.split()[1]: row for n, row in report["rows"].items() if n.startswith(kind)}
+        speeds = np.array([row["tokens_per_second"] for row in found.values()])
+        memory = [row["memory_mib"] or math.nan for row in found.values()]
+        turns = [np.array(row["turn_seconds"]) for row in found.values()]
+        # The fastest and the slowest turn, beside the median.
+        fastest = speeds * [np.median(turn) / turn.min() - 1 for turn in turns]
+        slowest = speeds * [1 - np.median(turn) / turn.max() for turn in turns]
+        above, below = axes[:, column]
+        above.errorbar(list(found), speeds, (slowest, fastest), marker="o", capsize=3)
+        below.plot(list(found), memory, marker="o", color="#b3541e")
+        below.set_xlabel(title)
+        for axis in (above, below):
+            axis.grid(alpha=0.3, which="both")
+            axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter("{x:,.0f}")
+            axis.yaxis.set_minor_formatter(NullFormatter())
+    axes[0][0].set_ylabel("real tokens per second")
+    axes[1][0].set_ylabel("peak memory, MiB")
+    machine = f"{report['machine']}, {report['precision']}"
+    figure.suptitle(f"Training, {report['size']} size unless said: {machine}", fontsize=10)
+    save(figure, path)
+
+
+def draw_attention(folder: str, text: str, path: Path) -> None:
+    """Cross-attention of the last decoder layer while a sentence is translated: a panel for the
+    mean over heads and one per head, source tokens across, output tokens down."""
+    translator = load_translator(folder, "cpu")
+    model, tokenizer = translator.model, translator.tokenizer
+    if not hasattr(model, "decode_step"):
+        raise InputError(f"{folder} is an exported folder: give the one it was made of")
+    source = split_text(text, tokenizer, model.config.max_length)[0]
+    (best, *_) = translator.decode([source])[0]
+    ids = torch.tensor([source]), torch.tensor([best.tokens])
+    heads = cross_attention_weights(model, *ids)[-1, 0]  # [H, T, S]
+    labels = [[tokenizer.decode([i]).strip() or "▁" for i in side[0].tolist()] for side in ids]
+    panels = [("mean of heads", heads.mean(dim=0))]
+    panels += [(f"head {i + 1}", head) for i, head in enumerate(heads)]
+    columns = min(len(panels), 3 if len(heads) <= 5 else 5)
+    lines = math.ceil(len(panels) / columns)
+    width, height = (max(0.28 * len(side) + 1.0, 2.0) for side in labels)
+    figure = Figure(figsize=(columns * width, lines * height), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).flat
+    for axis, (title, weights) in zip(axes, panels):
+        image = axis.imshow(weights, cmap="Blues", vmin=0, vmax=1)
+        axis.set_title(title, fontsize=10)
+        axis.set_xticks(range(len(labels[0])), labels[0], rotation=90, fontsize=8)
+        axis.set_yticks(range(len(labels[1])), labels[1], fontsize=8)
+        axis.tick_params(length=0)
+    for axis in figure.axes[len(panels) :]:
+        axis.set_visible(False)
+    figure.colorbar(image, ax=figure.axes, shrink=0.6, label="attention")
+    figure.suptitle("where each output token (row) looked, last decoder layer")
+    save(figure, path)
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        if arguments[:1] == ["attention"] and len(arguments) == 3:
+            draw_attention(*arguments[1:], Path("attention.png"))
+            return 0
+        for draw, source, picture in (
+            (draw_bench, "bench.json", "bench.png"),
+            (draw_growth, "growth.json", "growth.png"),
+        ):
+            if (HERE / source).is_file():
+                draw(json.loads((HERE / source).read_text("utf-8")), HERE / picture)
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,422 @@
+"""Training speed: this program beside nn.Transformer, transformers, x-transformers and the tutorial.
+
+    python -m benchmarks.train --dataset pairs.tsv --json benchmarks/train.json
+    python -m benchmarks.train --growth --json benchmarks/growth.json
+
+Same start, optimizer and machine. Every trainee is a process of its own; they take turns. Batches of
+their own hold pairs in random order, padded to the longest (the tutorial's: cut or padded to 50).
+x-transformers takes part where it is installed.
+"""
+
+import dataclasses
+import math
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor, nn
+
+import data
+import run
+from positional import sinusoidal_positional_encoding
+from run import InputError, TrainConfig
+from seq2seq import (
+    VOCAB_MULTIPLE,
+    Seq2SeqConfig,
+    TransformerSeq2SeqModel,
+    count_flops,
+    shift_right,
+)
+
+TUTORIAL_LENGTH = 50  # tokens to which the tutorial pads and cuts every sentence
+WIDE = {"d_model": 256, "nhead": 8, "dim_feedforward": 1024}
+WIDEST = run.PAPER_BASE | {"d_model": 1024, "nhead": 16, "dim_feedforward": 4096}
+SIZES = {"demo": {}, "wide": WIDE, "tutorial": run.PAPER_BASE, "widest": WIDEST}
+
+
+@dataclass(frozen=True)
+class TrainBench:
+    """Training speed beside other implementations, or how it grows."""
+
+    growth: bool = False  # instead: ours alone, over batch, sentence and model size
+    dataset: tuple[str, ...] = ("phrasebook",)  # what to train on, as for training
+    tokenizer: str = "t5-small"  # hub name, folder, or train:N
+    max_length: int = 128  # tokens per sentence; longer pairs are dropped
+    size: Literal["demo", "wide", "tutorial", "widest"] = "tutorial"  # of the model
+    batch_tokens: int | None = None  # per batch and side; None: 2048, on a GPU 25000
+    steps: int = 4  # different batches in a turn
+    turns: int = 7  # timed turns of every trainee
+    compile: bool = False  # also ours with torch.compile
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to train
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # arithmetic
+    json: str | None = None  # file for the figures
+
+
+def torch_layers(config: Seq2SeqConfig, **more) -> nn.Transformer:
+    sizes = (config.d_model, config.nhead, config.num_encoder_layers, config.num_decoder_layers)
+    return nn.Transformer(*sizes, config.dim_feedforward, batch_first=True, **more)
+
+
+def sinusoids(x: Tensor) -> Tensor:
+    """x [B, T, D] -> the position table [T, D] that `nn.Transformer` comes without."""
+    return sinusoidal_positional_encoding(x.size(1), x.size(2)).to(x)
+
+
+class TorchTransformer(nn.Module):
+    """`nn.Transformer` with what it needs to translate: embeddings, positions, masks, tied output."""
+
+    def __init__(self, config: Seq2SeqConfig):
+        super().__init__()
+        self.scale, self.pad_id = math.sqrt(config.d_model), config.pad_id
+        self.vocab_size = config.vocab_size
+        rows = data.round_up(config.vocab_size, VOCAB_MULTIPLE)
+        self.embedding = nn.Embedding(rows, config.d_model, config.pad_id)
+        self.dropout = nn.Dropout(config.dropout)
+        self.transformer = torch_layers(config, dropout=config.dropout, norm_first=True)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids) * self.scale  # [B, T, D]
+        return self.dropout(x + sinusoids(x))
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        pads = input_ids.eq(self.pad_id)  # here True means "may not attend"
+        causal = nn.Transformer.generate_square_subsequent_mask(
+            labels.size(1), device=labels.device, dtype=torch.bool
+        )
+        hidden = self.transformer(
+            self.embed(input_ids),
+            self.embed(shift_right(labels, self.pad_id)),
+            tgt_mask=causal,
+            src_key_padding_mask=pads,
+            memory_key_padding_mask=pads,
+            tgt_is_causal=True,
+        )
+        logits = nn.functional.linear(hidden, self.embedding.weight)[..., : self.vocab_size]
+        return nn.functional.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), ignore_index=self.pad_id
+        )
+
+
+class TutorialTransformer(nn.Module):
+    """The tutorial's model as it was written, but that its batches come first: no masks, a loss over
+    pads, the decoder fed with what it is to write."""
+
+    def __init__(self, config: Seq2SeqConfig):
+        super().__init__()
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.transformer = torch_layers(config)
+        self.output = nn.Linear(config.d_model, config.vocab_size)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        sides = [self.embedding(ids) for ids in (input_ids, labels)]  # [B, T, D]
+        hidden = self.transformer(*(side + sinusoids(side) for side in sides))
+        logits = self.output(hidden)
+        return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+class Marian(nn.Module):
+    """transformers' Marian: the same layers with norms after the sums."""
+
+    def __init__(self, config: Seq2SeqConfig):
+        super().__init__()
+        from transformers import MarianConfig, MarianMTModel
+
+        rows = data.round_up(config.vocab_size, VOCAB_MULTIPLE)
+        settings = MarianConfig(**run.transformers_settings(config, rows), use_cache=False)
+        try:
+            settings._attn_implementation = "sdpa"
+            self.model = MarianMTModel(settings)
+        except ValueError:  # before transformers 4.5x Marian has no such attention
+            settings._attn_implementation = "eager"
+            self.model = MarianMTModel(settings)
+        self.pad_id = config.pad_id
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        found = self.model(
+            input_ids=input_ids,
+            attention_mask=input_ids.ne(self.pad_id),
+            decoder_input_ids=shift_right(labels, self.pad_id),
+            labels=labels.masked_fill(labels.eq(self.pad_id), -100),
+        )
+        return found.loss
+
+
+class XTransformer(nn.Module):
+    """x-transformers' encoder-decoder with its flash attention."""
+
+    def __init__(self, config: Seq2SeqConfig):
+        super().__init__()
+        from x_transformers import XTransformer as Library
+
+        sides = {}
+        for side, layers in (("enc", "num_encoder_layers"), ("dec", "num_decoder_layers")):
+            sides |= {
+                f"{side}_num_tokens": data.round_up(config.vocab_size, VOCAB_MULTIPLE),
+                f"{side}_depth": getattr(config, layers),
+                f"{side}_heads": config.nhead,
+                f"{side}_attn_dim_head": config.d_model // config.nhead,
+                f"{side}_max_seq_len": 1024,
+                f"{side}_ff_mult": config.dim_feedforward // config.d_model,
+                f"{side}_ff_dropout": config.dropout,
+                f"{side}_attn_flash": True,
+            }
+        self.pad_id = config.pad_id
+        self.model = Library(dim=config.d_model, tie_token_emb=True, **sides)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        start = torch.full_like(labels[:, :1], self.pad_id)
+        target = torch.cat([start, labels], dim=1)
+        target = target.masked_fill(target.eq(self.pad_id), -100)
+        target[:, 0] = self.pad_id  # read, never predicted
+        return self.model(input_ids, target, mask=input_ids.ne(self.pad_id))
+
+
+class Ours(TransformerSeq2SeqModel):
+    def __init__(self, config: Seq2SeqConfig):
+        super().__init__(**dataclasses.asdict(config))
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        loss_sum, tokens = super().forward(input_ids, labels=labels)
+        return loss_sum / tokens
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """A model and what its batches are: "buckets" (ours), "longest" (shuffled pairs, as many, padded
+    to the longest) or "fixed" (the tutorial's, to 50 tokens)."""
+
+    label: str
+    build: type
+    batches: str
+    compile: bool = False
+
+
+TRAINEES = {
+    "ours": Trainee("ours", Ours, "buckets"),
+    "compiled": Trainee("ours, compiled", Ours, "buckets", True),
+    "tutorial": Trainee("the tutorial as written", TutorialTransformer, "fixed"),
+    "torch": Trainee("nn.Transformer", TorchTransformer, "longest"),
+    "torch-buckets": Trainee("nn.Transformer, our batches", TorchTransformer, "buckets"),
+    "marian": Trainee("transformers Marian", Marian, "longest"),
+    "marian-buckets": Trainee("transformers Marian, our batches", Marian, "buckets"),
+    "x": Trainee("x-transformers", XTransformer, "longest"),
+    "x-buckets": Trainee("x-transformers, our batches", XTransformer, "buckets"),
+}
+
+
+def same_scale(model: nn.Module, width: int) -> None:
+    """Start every model alike: Glorot-uniform matrices, embeddings with deviation 1 / sqrt(D)."""
+    embeddings = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+    for parameter in model.parameters():
+        if not parameter.requires_grad:  # Marian's table of positions
+            continue
+        if any(parameter is weight for weight in embeddings):
+            nn.init.normal_(parameter, std=width**-0.5)
+        elif parameter.dim() == 2:
+            nn.init.xavier_uniform_(parameter)
+
+
+def serve_trainee(
+    trainee: Trainee, config: Seq2SeqConfig, batches: list, device_name: str, precision: str, pipe
+) -> None:
+    """Answers, whenever asked, what a turn over the batches took; first of all None."""
+    warnings.filterwarnings("ignore", "enable_nested_tensor")  # of nn.Transformer
+    device = run.choose_device(device_name)
+    run.use_tensor_cores(device)
+    torch.manual_seed(0)
+    try:
+        model = trainee.build(config)
+        same_scale(model, config.d_model)
+        model.to(device).train()
+        if trainee.compile and not run.compile_model(model):
+            raise InputError("nothing can compile here")
+    except (ImportError, InputError) as error:
+        pipe.send(InputError(str(error)))
+        return
+    optimizer = run.build_optimizer(model, TrainConfig(learning_rate=1e-4))
+    batches = [[ids.to(device) for ids in batch] for batch in batches]
+    pipe.send(None)
+    while pipe.recv():
+        run.memory_peak(device, reset=True)
+        started, losses = time.perf_counter(), []
+        for batch in batches:
+            optimizer.zero_grad(set_to_none=True)
+            with run.autocast(device, precision):
+                loss = model(*batch)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        run.synchronize(device)
+        answer = {"seconds": time.perf_counter() - started, "memory": run.memory_peak(device)}
+        pipe.send(answer | {"loss": torch.stack(losses).mean().item()})
+
+
+def cut_batches(dataset: data.PairDataset, kind: str, budget: int, steps: int, multiple: int):
+    """`steps` batches of a kind (see Trainee) that stand for an epoch, and the lengths of the pairs
+    in them."""
+    sampler = data.BucketBatchSampler(*dataset.lengths, batch_tokens=budget, multiple=multiple)
+    if kind == "buckets":  # from short to long, each for an equal share of the batches
+        order = sorted(sampler.batches, key=lambda rows: dataset.lengths[1][rows].mean())
+        chosen = [order[int((i + 0.5) / steps * len(order))] for i in range(steps)]
+    else:
+        size = len(dataset) // len(sampler) if kind == "longest" else budget // TUTORIAL_LENGTH
+        rows, size = np.random.default_rng(0).permutation(len(dataset)), max(1, size)
+        chosen = [rows[i * size : (i + 1) * size] for i in range(steps)]
+    limit = TUTORIAL_LENGTH if kind == "fixed" else None
+    multiple = limit or multiple
+    pairs = [[tuple(ids[:limit] for ids in dataset[row]) for row in rows] for rows in chosen]
+    lengths = [(len(source), len(target)) for rows in pairs for source, target in rows]
+    return [data.pad_batch(rows, 0, multiple) for rows in pairs], lengths
+
+
+def describe_trainee(answers: list[dict], batches: list, lengths: list, config, peak: float):
+    """The figures of a row; medians over the turns."""
+    tokens, padded = sum(map(sum, lengths)), sum(ids.numel() for pair in batches for ids in pair)
+    flops = 3 * sum(count_flops(config, *pair) for pair in lengths)
+    seconds = float(np.median([answer["seconds"] for answer in answers]))
+    memory = [answer["memory"] for answer in answers if answer["memory"]]
+    row = {"tokens_per_second": round(tokens / seconds, 1), "mfu": round(flops / seconds / peak, 4)}
+    row |= {"step_ms": round(1e3 * seconds / len(batches), 1)}
+    row |= {"tokens_per_step": round(tokens / len(batches), 1)}
+    row |= {"padding_share": round(1 - tokens / padded, 4)}
+    row |= {"memory_mib": round(max(memory) / 2**20) if memory else None}
+    return row | {"turn_seconds": [round(answer["seconds"], 4) for answer in answers]}
+
+
+def peer_cases(config: TrainBench, dataset, model: Seq2SeqConfig, budget: int, multiple: int):
+    """name -> (trainee, its model, its batches, the lengths in them)."""
+    wanted = [name for name in TRAINEES if name != "compiled" or config.compile]
+    return {
+        name: (
+            TRAINEES[name],
+            model,
+            *cut_batches(dataset, TRAINEES[name].batches, budget, config.steps, multiple),
+        )
+        for name in wanted
+    }
+
+
+def growth_cases(config: TrainBench, dataset, model: Seq2SeqConfig, budget: int, multiple: int):
+    """One thing changes at a time: the budget, the length of all sentences, the model."""
+    cases = {}
+    for factor in (0.125, 0.25, 0.5, 1, 2, 4):
+        tokens = int(budget * factor)
+        found = cut_batches(dataset, "buckets", tokens, config.steps, multiple)
+        cases[f"budget {tokens}"] = (TRAINEES["ours"], model, *found)
+    for length in (8, 16, 32, 64, 128, 256):
+        count = max(1, budget // length)
+        ids = torch.arange(count * length).view(count, length) % (model.vocab_size - 2) + 2
+        batches, lengths = [(ids, ids.flip(0))], [(length, length)] * count
+        cases[f"length {length}"] = (TRAINEES["ours"], model, batches, lengths)
+    for size in list(SIZES)[: 4 if torch.cuda.is_available() else 3]:
+        found = cut_batches(dataset, "buckets", budget, config.steps, multiple)
+        cases[f"size {size}"] = (TRAINEES["ours"], model_config(size, model.vocab_size), *found)
+    return cases
+
+
+def model_config(size: str, vocab_size: int) -> Seq2SeqConfig:
+    sizes = {name: getattr(TrainConfig(**SIZES[size]), name) for name in run.MODEL_SIZES}
+    return Seq2SeqConfig(vocab_size=vocab_size, **(sizes | {"max_length": 1024}))
+
+
+def take_turns(serve: dict[str, Callable], turns: int, bar) -> dict[str, list[dict]]:
+    """name -> answers; the first turn warms up and does not count."""
+    found = {name: [] for name in serve}
+    for turn in range(turns + 1):
+        for name in serve if turn % 2 else reversed(serve):
+            found[name].append(serve[name](True))
+            bar.update()
+    return {name: answers[1:] for name, answers in found.items()}
+
+
+def main(config: TrainBench) -> dict:
+    """Few trainees at a time, which are close in time; ours is always there."""
+    run.require(min(config.steps, config.max_length) >= 1, "--steps, --max-length: at least 1")
+    run.require(config.turns >= 3, "--turns must be at least 3, or there is no interval")
+    run.check_report(config.json)
+    device = run.choose_device(config.device)
+    precision = run.choose_precision(config.precision, device)
+    budget = config.batch_tokens or (25_000 if device.type == "cuda" else 2048)
+    names = ("dataset", "tokenizer", "max_length")
+    settings = TrainConfig(**{name: getattr(config, name) for name in names})
+    prepared, multiple = run.prepare_data(settings), 8 if device.type == "cuda" else 1
+    model = model_config(config.size, len(prepared.tokenizer))
+    build_cases = growth_cases if config.growth else peer_cases
+    cases = build_cases(config, prepared.train, model, budget, multiple)
+    groups = [[name] for name in cases]
+    if not config.growth:
+        builds = dict.fromkeys(case[0].build for case in cases.values())
+        same = [[name for name in cases if cases[name][0].build is build] for build in builds]
+        groups = [list(dict.fromkeys(["ours", *group])) for group in same]
+        groups = [group for group in groups if len(group) > 1]
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    report = run.describe_machine(device) | {"precision": precision, "size": config.size}
+    report |= {"batch_tokens": budget, "rows": {}, "left_out": {}}
+    peak, found = 0.0, {}
+    total = (config.turns + 1) * sum(map(len, groups))
+    with run.progress_bar(desc="train", total=total, unit="turn") as bar:
+        for group in groups:
+            # The best that the machine did at any time, or a slow moment would flatter all.
+            size = 2048 if device.type == "cpu" else 8192
+            peak = max(peak, run.matmul_rate(device, dtype, size, 1.0))
+            jobs = {name: (*cases[name][:3], config.device, precision) for name in group}
+            with run.serving(serve_trainee, jobs) as serve:
+                for name in list(serve):
+                    try:
+                        serve[name]()
+                    except InputError as error:
+                        report["left_out"][name] = str(error)
+                        del serve[name]
+                answers = take_turns(serve, config.turns, bar)
+            for name in answers:
+                found.setdefault(name, []).append((answers[name], answers.get("ours")))
+    for name, turns in found.items():
+        _, model, batches, lengths = cases[name]
+        answers = [answer for mine, _ in turns for answer in mine]
+        row = describe_trainee(answers, batches, lengths, model, peak)
+        if not config.growth:  # a real token takes so many times as long as with ours
+            beside = [answer for _, ours in turns for answer in ours]
+            ratio = sum(map(sum, cases["ours"][3])) / sum(map(sum, lengths))
+            seconds = zip(answers, beside)
+            values = np.array([a["seconds"] / b["seconds"] * ratio for a, b in seconds])
+            row["ours_is_faster"] = [round(value, 3) for value in run.median_interval(values)]
+        report["rows"][name] = row
+    report["matmul_gflops"] = round(peak / 1e9, 1)
+    print_rows(report)
+    if config.json:
+        run.write_json(Path(config.json), report)
+    return report
+
+
+def print_rows(report: dict) -> None:
+    """The table; ratios last, which are what a shared machine lets one trust."""
+    print(
+        f"\n{report['machine']}, {report['precision']}, {report['size']} size, "
+        f"{report['batch_tokens']:,} tokens per batch; matmul {report['matmul_gflops']:,.0f} "
+        f"GFLOP/s\n\n{'':34}real tokens/s  ms a step   pads  memory MiB   MFU  ours is faster by"
+    )
+    for name, row in report["rows"].items():
+        ratio = ""
+        if name != "ours" and "ours_is_faster" in row:
+            ratio = "{:.2f} ({:.2f} to {:.2f})".format(*row["ours_is_faster"])
+        label = TRAINEES[name].label if name in TRAINEES else name
+        print(
+            f"{label:34}{row['tokens_per_second']:13,.0f}{row['step_ms']:11,.0f}"
+            f"{row['padding_share']:7.1%}{row['memory_mib'] or 0:12,}{row['mfu']:6.0%}  {ratio}"
+        )
+    for name, reason in report["left_out"].items():
+        print(f"left out: {TRAINEES[name].label}: {reason}")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(TrainBench, prog="python -m benchmarks.train"))
+    except InputError as error:
+        sys.exit(f"error: {error}")
