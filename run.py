@@ -13,9 +13,9 @@
     python run.py export --model DIR --to ctranslate2 OUT   for a fast engine
     python run.py bench                               what Lightning and Modlee cost per step
 
-It reads from top to bottom: settings, what both loops share, the state of a run, the raw loop, the
+In reading order: settings, data, what both loops share, the state of a run, the raw loop, the
 Lightning adapter, Modlee, checkpoints and model folders, curves and MLflow, translating, export,
-bench, and the commands.
+bench, commands.
 """
 
 import os
@@ -37,7 +37,6 @@ import json
 import logging
 import math
 import multiprocessing
-import pickle
 import platform
 import random
 import re
@@ -209,13 +208,8 @@ class BenchConfig:
     profile: str | None = None  # only write torch's trace of ten steps of the raw loop to this file
 
 
-CONFIGS = {
-    "train": TrainConfig,
-    "translate": TranslateConfig,
-    "evaluate": EvaluateConfig,
-    "export": ExportConfig,
-    "bench": BenchConfig,
-}
+CONFIGS = {"train": TrainConfig, "translate": TranslateConfig, "evaluate": EvaluateConfig}
+CONFIGS |= {"export": ExportConfig, "bench": BenchConfig}
 MODEL_SIZES = ("d_model", "nhead", "num_encoder_layers", "num_decoder_layers", "dim_feedforward")
 MODEL_SIZES += ("positional", "norm_first", "max_length")
 
@@ -223,34 +217,32 @@ MODEL_SIZES += ("positional", "norm_first", "max_length")
 def parse_command_line(arguments: list[str]):
     """(command, its settings). Flags win over the preset, or the run to resume, or the model to
     start from; these over the defaults."""
-    command = arguments[0] if arguments[:1] and arguments[0] in CONFIGS else "train"
-    if arguments[:1] == [command]:
-        arguments = arguments[1:]
-    prog = "python run.py" + ("" if command == "train" else f" {command}")
-    if command != "train":
+    if arguments[:1] and arguments[0] in CONFIGS and arguments[0] != "train":
+        command, *arguments = arguments
+        prog = f"python run.py {command}"
         return command, tyro.cli(CONFIGS[command], args=arguments, prog=prog)
-    early = argparse.ArgumentParser(prog, add_help=False, allow_abbrev=False)
+    early = argparse.ArgumentParser("python run.py", add_help=False, allow_abbrev=False)
     for flag in ("--preset", "--resume", "--init"):
         early.add_argument(flag)
-    early.add_argument("--help", "-h", action="store_true")
     given, _ = early.parse_known_args(arguments)
-    settings = PRESETS.get(given.preset, {})
-    if given.resume is not None and not given.help:
-        if given.preset is not None:
-            raise InputError("--resume takes its settings from the run: leave --preset out")
-        settings = read_settings(given.resume)
-    elif given.init is not None and not given.help:
-        settings = settings | settings_of_model(given.init)
-    config = tyro.cli(TrainConfig, args=arguments, prog=prog, default=TrainConfig(**settings))
-    if config.resume is None and config.init is not None:
-        for name, value in settings_of_model(config.init).items():
-            if getattr(config, name) != value:
-                flag = f"--{name.replace('_', '-')} {getattr(config, name)}"
-                raise InputError(f"{flag}: {config.init} has {value}; leave the flag out")
-    return command, config
+    settings, fixed = PRESETS.get(given.preset, {}), {}
+    if not HELP & set(arguments):
+        if given.resume is not None:
+            require(given.preset is None, "--resume brings its own settings: leave --preset out")
+            settings = read_settings(given.resume)
+        elif given.init is not None:
+            fixed = settings_of_model(given.init)
+    defaults = TrainConfig(**settings | fixed)
+    config = tyro.cli(TrainConfig, args=arguments, prog="python run.py", default=defaults)
+    for name, value in fixed.items():
+        flag = f"--{name.replace('_', '-')} {getattr(config, name)}"
+        same = getattr(config, name) == value
+        require(same, f"{flag}: {config.init} has {value}; leave the flag out")
+    return "train", config
 
 
-if __name__ == "__main__" and {"--help", "-h"} & set(sys.argv):
+HELP = {"--help", "-h"}
+if __name__ == "__main__" and HELP & set(sys.argv):
     parse_command_line(sys.argv[1:])  # answers and exits, before torch takes seconds to load
 # CTranslate2 shares torch's OpenMP, which reads this when it is loaded: its threads must not fall
 # asleep between two operations of the engine.
@@ -292,24 +284,32 @@ def require(holds: bool, message: str) -> None:
         raise InputError(message)
 
 
+# Name -> lowest and highest value of a flag, for every command.
+COUNTS = ("max_epochs", "batch_size", "batch_tokens", "accumulate", "num_samples", "num_return")
+RANGES = dict.fromkeys((*COUNTS, "turns"), (1, 2**31)) | {
+    "beam": (1, 1000),
+    "max_length": (1, 65_536),
+}
+SIZES = ("learning_rate", "clip_norm", "checkpoint_every", "seed", "validation_size", "test_size")
+RANGES |= dict.fromkeys(SIZES, (0, 2**31)) | {"length_penalty": (-10, 10)}
+RANGES |= dict.fromkeys(("warmup", "cooldown", "label_smoothing"), (0, 0.99))
+
+
+def check_ranges(config) -> None:
+    for name, (low, high) in RANGES.items():
+        value = getattr(config, name, None)
+        holds = value is None or low <= value <= high  # NaN does not
+        flag = f"--{name.replace('_', '-')}"
+        require(holds, f"{flag} must be at least {low} and at most {high}, not {value}")
+
+
 def check_training(config: TrainConfig) -> None:
     """InputError for settings that cannot be, before anything is read or written."""
-    counts = ("max_epochs", "batch_size", "batch_tokens", "accumulate", "num_samples", "beam")
-    for name in (*counts, "max_length"):
-        value = getattr(config, name)
-        require(value is None or value >= 1, f"--{name.replace('_', '-')} must be at least 1")
-    for name in ("learning_rate", "clip_norm", "checkpoint_every", "seed"):
-        flag = f"--{name.replace('_', '-')}"
-        require(0 <= getattr(config, name) < 2**32, f"{flag} must be in [0, 2^32)")
+    check_ranges(config)
     for name in ("validation_size", "test_size"):
         value, flag = getattr(config, name), f"--{name.replace('_', '-')}"
-        right = 0 <= value < 2**32 and (value < 1 or value % 1 == 0)
-        require(right, f"{flag}: a share below 1 or a whole number")
-    for name in ("warmup", "cooldown", "label_smoothing"):
-        flag = f"--{name.replace('_', '-')}"
-        require(0 <= getattr(config, name) < 1, f"{flag} must be in [0, 1)")
+        require(value < 1 or value % 1 == 0, f"{flag}: a share below 1 or a whole number")
     require(config.warmup + config.cooldown <= 1, "--warmup and --cooldown: more than all steps")
-    require(config.max_length <= 65_536, "--max-length must not be above 65536")
     require(config.output != "", "--output needs a name")
     require(not config.compile or config.loop == "raw", "--compile is for --loop raw")
     if config.preset == "small" and config.dataset == (data.PHRASEBOOK,):
@@ -317,22 +317,19 @@ def check_training(config: TrainConfig) -> None:
     if config.push:
         records = config.loop == "lightning" and config.modlee and config.mlruns != "none"
         require(records, "--push uploads what Modlee records, which is switched off")
-        key = bool(os.environ.get("MODLEE_API_KEY"))
+        key = "MODLEE_API_KEY" in os.environ
         require(key, "--push needs your key in the environment variable MODLEE_API_KEY")
     if config.mlruns != "none":
         found = nearest_existing(Path(config.mlruns).expanduser())
         require(found.is_dir(), f"--mlruns {config.mlruns}: {found} is a file, not a folder")
-    sizes = {name: getattr(config, name) for name in MODEL_SIZES}
     try:
-        Seq2SeqConfig(vocab_size=2, dropout=config.dropout, **sizes)
+        Seq2SeqConfig(vocab_size=2, dropout=config.dropout, **sizes_of(config))
     except ValueError as error:
         raise InputError(str(error)) from None
 
 
-def check_decoding(config: DecodeConfig) -> None:
-    require(1 <= config.beam <= 1000, "--beam must be in [1, 1000]")
-    require(config.batch_tokens >= 1, "--batch-tokens must be at least 1")
-    require(-10 <= config.length_penalty <= 10, "--length-penalty must be in [-10, 10]")
+def sizes_of(config: TrainConfig) -> dict:
+    return {name: getattr(config, name) for name in MODEL_SIZES}
 
 
 # ---- the data of a run ---------------------------------------------------------------------------
@@ -355,12 +352,9 @@ def prepare_data(config: TrainConfig) -> Prepared:
     languages = (config.source_lang, config.target_lang)
     kind, _, size = config.tokenizer.partition(":")
     learns = kind == "train"
-    require(
-        not learns or size.isdecimal(),
-        f"--tokenizer {config.tokenizer}: write train:N, for example train:8000",
-    )
-    validation = read_held_out(config, "validation_set")
-    test = read_held_out(config, "test_set")
+    right = not learns or size.isdecimal()
+    require(right, f"--tokenizer {config.tokenizer}: write train:N, for example train:8000")
+    validation, test = (read_held_out(config, name) for name in ("validation_set", "test_set"))
     held_out = {data.text_key(pair.source) for pair in chain(validation or (), test or ())}
     dropped, over_long = Counter(), Counter()
     pairs = data.read_pairs(config.dataset, config.subset, config.split, languages, config.columns)
@@ -374,9 +368,9 @@ def prepare_data(config: TrainConfig) -> Prepared:
     kept = list(islice(kept, config.num_samples))
     require(bool(kept), f"no pairs left after cleaning{data.describe_dropped(dropped)}")
 
-    def hold_out(share: float) -> tuple[list, list]:
+    def hold_out(size: float) -> tuple[list, list]:
         keys = [data.text_key(pair.source) for pair in kept]
-        return data.hold_out(kept, keys, share, config.seed)
+        return data.hold_out(kept, keys, size, config.seed)
 
     if test is None and config.test_size:
         kept, test = hold_out(config.test_size)
@@ -388,13 +382,11 @@ def prepare_data(config: TrainConfig) -> Prepared:
     train = data.PairDataset(encode(bar(kept, desc="encode"), dropped=dropped))
     fitting = data.PairDataset(encode(validation, dropped=over_long))
     dropped["over-long validation"] = over_long["over-long"]
-    empty = "training or validation is empty" + data.describe_dropped(dropped)
-    require(len(train) > 0 and len(fitting) > 0, empty)
-    lost = (
-        data.round_trip_loss([pair[side] for pair in kept], tokenizer, languages[side])
-        for side in (0, 1)
-    )
-    return Prepared(tokenizer, train, fitting, validation, test or [], dict(dropped), tuple(lost))
+    left = len(train) > 0 and len(fitting) > 0
+    require(left, f"training or validation is empty{data.describe_dropped(dropped)}")
+    sides = zip(zip(*(pair[:2] for pair in kept)), languages)
+    lost = tuple(data.round_trip_loss(list(side), tokenizer, code) for side, code in sides)
+    return Prepared(tokenizer, train, fitting, validation, test or [], dict(dropped), lost)
 
 
 def read_held_out(config: TrainConfig, field: str) -> list[data.Pair] | None:
@@ -403,20 +395,19 @@ def read_held_out(config: TrainConfig, field: str) -> list[data.Pair] | None:
     names = getattr(config, field)
     if names is None:
         return None
+    source = (names, None, "train")
+    if len(names) == 1 and Path(names[0]).suffix.lower() not in data.FORMATS:
+        source = (config.dataset, config.subset, names[0])
+        on_hub = data.is_on_hub(config.dataset)
+        if not (on_hub and data.has_split(config.dataset[0], config.subset, names[0])):
+            what = f"{' '.join(config.dataset)} has no split {names[0]!r}"
+            flag = f"--{field.replace('_', '-')}"
+            by_preset = PRESETS[config.preset].get(field) == names
+            require(by_preset, f"{flag}: {what}, and files end in {' '.join(data.FORMATS)}")
+            data.note(f"{what}, as the preset has it")
+            return None
     languages = (config.source_lang, config.target_lang)
-    if len(names) > 1 or Path(names[0]).suffix.lower() in data.FORMATS:
-        pairs = data.read_pairs(names, None, "train", languages, config.columns)
-        return whole_pairs(pairs, " ".join(names))
-    (split,) = names
-    if data.is_on_hub(config.dataset) and data.has_split(config.dataset[0], config.subset, split):
-        pairs = data.read_pairs(config.dataset, config.subset, split, languages, config.columns)
-        return whole_pairs(pairs, split)
-    what = f"{' '.join(config.dataset)} has no split {split!r}"
-    if PRESETS[config.preset].get(field) != names:
-        flag = f"--{field.replace('_', '-')}"
-        raise InputError(f"{flag}: {what}, and files end in {' '.join(data.FORMATS)}")
-    data.note(f"{what}, as the preset has it")
-    return None
+    return whole_pairs(data.read_pairs(*source, languages, config.columns), " ".join(names))
 
 
 def whole_pairs(pairs: Iterable[data.Pair], name: str) -> list[data.Pair]:
@@ -434,7 +425,7 @@ def build_model(config: TrainConfig, tokenizer) -> TransformerSeq2SeqModel:
         pad_id=tokenizer.pad_token_id,
         eos_id=tokenizer.eos_token_id,
         dropout=config.dropout,
-        **{name: getattr(config, name) for name in MODEL_SIZES},
+        **sizes_of(config),
     )
 
 
@@ -714,7 +705,7 @@ class State:
             if math.isfinite(loss):
                 self.sums = [self.sums[0] + loss, self.sums[1] + tokens]
             elif self.config.precision != "fp16":
-                raise self.diverged(f"the loss of step {step} is {loss}")
+                raise diverged(self, f"the loss of step {step} is {loss}")
         self.pending.clear()
 
     def end_epoch(self, loss: float) -> None:
@@ -722,7 +713,7 @@ class State:
         due = self.log_losses()
         self.seconds = time.perf_counter() - self.started
         if not math.isfinite(loss):
-            raise self.diverged(f"the validation loss after step {self.step} is {loss}")
+            raise diverged(self, f"the validation loss after step {self.step} is {loss}")
         self.epoch, self.batch = self.epoch + 1, 0
         self.epoch_loss = self.epoch_sums[0] / max(self.epoch_sums[1], 1)
         self.epoch_sums = [0.0, 0]
@@ -743,21 +734,22 @@ class State:
         self.settle()
         for name, weight in self.parts["model"].state_dict().items():
             if not weight.isfinite().all():
-                raise self.diverged(f"{name} after step {self.step} is no number")
+                raise diverged(self, f"{name} after step {self.step} is no number")
         if self.write:
             checkpoint = {name: part.state_dict() for name, part in self.parts.items()}
             state = {name: getattr(self, name) for name in self.SAVED}
             self.checkpoint = self.write(checkpoint | {"state": state})
 
-    def diverged(self, what: str) -> Failed:
-        last = self.checkpoint or "none"
-        return Failed(f"{what}; last good checkpoint: {last}; try a lower --learning-rate")
 
-    @property
-    def time_left(self) -> str:
-        """Estimated from the steps so far, as 1:23:45."""
-        seconds = round(self.seconds / max(self.step, 1) * (self.total_steps - self.step))
-        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+def diverged(state: State, what: str) -> Failed:
+    last = state.checkpoint or "none"
+    return Failed(f"{what}; last good checkpoint: {last}; try a lower --learning-rate")
+
+
+def time_left(state: State) -> str:
+    """Estimated from the steps so far, as 1:23:45."""
+    seconds = round(state.seconds / max(state.step, 1) * (state.total_steps - state.step))
+    return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
 
 
 class Interrupted(BaseException):
@@ -837,7 +829,7 @@ def train_raw(
                 state.end_step()
                 if state.step % LOG_EVERY == 0:
                     loss = f"{state.history['train'][-1][1]:.3f}"
-                    bar.set_postfix(train_loss=loss, left=state.time_left, refresh=False)
+                    bar.set_postfix(train_loss=loss, left=time_left(state), refresh=False)
                 if state.stop and state.batch < state.batches:
                     return
             bar.update()
@@ -1124,9 +1116,8 @@ class ModleeRecord:
         mlflow.pytorch.autolog(log_datasets=False, log_models=False, checkpoint=False)
         root_handlers = logging.root.handlers[:]  # its logging.info() adds one that prints all
         with contextlib.ExitStack() as undo:
-            undo.callback(lambda: logging.root.handlers.__setitem__(slice(None), root_handlers))
-            # It has patched Trainer.fit for the whole process.
-            undo.callback(mlflow.pytorch.autolog, disable=True)
+            undo.callback(setattr, logging.root, "handlers", root_handlers)
+            undo.callback(mlflow.pytorch.autolog, disable=True)  # it has patched Trainer.fit
             callbacks = self.callbacks(adapter, undo)
             adapter.configure_callbacks = lambda: callbacks
             with self.modlee.start_run():
@@ -1273,9 +1264,12 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, content: dict) -> None:
-    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+def write_text(path: Path, text: str) -> None:
     write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, content: dict) -> None:
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def nearest_existing(path: Path) -> Path:
@@ -1359,11 +1353,8 @@ def read_checkpoint(folder: Path) -> dict:
                 if damaged := archive.testzip():
                     raise ValueError(f"{damaged} is damaged")
             return torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, ValueError, EOFError, RuntimeError) as error:
-            reason = error
-        except (pickle.PickleError, zipfile.BadZipFile) as error:
-            reason = error
-        data.note(f"{path} cannot be read ({data.one_line(reason)})")
+        except Exception as error:  # noqa: BLE001 - of many kinds
+            data.note(f"{path} cannot be read ({data.one_line(error)})")
     raise InputError(f"no checkpoint in {folder} can be read")
 
 
@@ -1397,31 +1388,26 @@ def save_tokenizer(tokenizer, folder: Path) -> None:
 
 
 def save_model(
-    folder: Path,
-    model: nn.Module,
-    tokenizer,
-    config: TrainConfig,
-    metrics: dict,
-    state: State,
-    parts: dict[str, list[data.Pair]],
+    folder: Path, model: nn.Module, prepared: Prepared, config: TrainConfig, metrics, state: State
 ) -> None:
-    """Write a model folder. parts: name of a .tsv -> the pairs that were held out."""
+    """Write a model folder, with the pairs that were held out."""
     from safetensors.torch import save_model as save_weights
 
     languages = (config.source_lang, config.target_lang)
     content = {"format": 1, "source_lang": languages[0], "target_lang": languages[1]}
     content |= {"model": dataclasses.asdict(model.config), "training": dataclasses.asdict(config)}
+    parts = {"validation.tsv": prepared.validation_pairs, "test.tsv": prepared.test_pairs}
 
     def fill(temporary: Path) -> None:
-        save_tokenizer(tokenizer, temporary)
+        save_tokenizer(prepared.tokenizer, temporary)
         save_weights(model, str(temporary / "model.safetensors"))
         write_json(temporary / "config.json", content)
         write_json(temporary / "metrics.json", metrics)
         for name, pairs in parts.items():
-            lines = [languages, *(pair[:2] for pair in pairs)] if pairs else []
+            lines = [languages, *(pair[:2] for pair in pairs)]
             text = "".join(f"{source}\t{target}\n" for source, target in lines)
-            if text:
-                (temporary / f"{name}.tsv").write_text(text, encoding="utf-8")
+            if pairs:
+                write_text(temporary / name, text)
         attempt(state, "the model's loss.png", draw_curves, temporary / "loss.png", state)
 
     write_folder(folder, fill)
@@ -1484,26 +1470,22 @@ def draw_curves(path: Path, state: State) -> None:
     figure = Figure(figsize=(7, 6), layout="constrained")
     losses, scores = figure.subplots(2, sharex=True, height_ratios=(3, 2))
     rates = scores.twinx()
-    orange = {"color": "#d55e00", "marker": "o"}
     for axes, name, label, style in (
-        (losses, "train", "training (with dropout and smoothing)", {"marker": "."}),
-        (losses, "validation", "validation", orange),
-        (scores, "bleu", "BLEU", {"color": "#009e73", "marker": "o"}),
-        (rates, "learning_rate", "learning rate", {"color": "tab:gray"}),
+        (losses, "train", "training (with dropout and smoothing)", ".-"),
+        (losses, "validation", "validation", "o-"),
+        (scores, "bleu", "BLEU", "go-"),
+        (rates, "learning_rate", "learning rate", "k:"),
     ):
         if points := state.history[name]:
-            axes.plot(*zip(*points), label=label, **style)
+            axes.plot(*zip(*points), style, label=label)
     losses.set(ylabel="loss (nats per token)", yscale="log")
     losses.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
     losses.yaxis.set_major_formatter("{x:g}")  # 0.1 and not 10^-1
     losses.yaxis.set_minor_formatter(NullFormatter())
     scores.set(xlabel="optimizer step", ylabel="BLEU (greedy)", ylim=(0, None))
     rates.set(ylabel="learning rate", ylim=(0, None))
-    rates.ticklabel_format(axis="y", scilimits=(-2, 2))
-    for axes in (losses, scores):
-        axes.grid(alpha=0.3, which="both")
     figure.legend(loc="outside upper center", ncols=2, fontsize=9)
-    write_file(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+    write_file(path, partial(figure.savefig, format="png", dpi=120))
 
 
 def set_mlflow_store(mlruns: str) -> None:
@@ -1542,7 +1524,7 @@ def log_epoch(
     tqdm.write(
         f"epoch {state.epoch}/{config.max_epochs}: train {state.epoch_loss:.3f}, validation "
         f"{state.history['validation'][-1][1]:.3f}{best}, BLEU {bleu:.1f} of {len(found)} pairs, "
-        f"{state.time_left} left{samples}",
+        f"{time_left(state)} left{samples}",
         file=sys.stderr,
     )
     attempt(state, "loss.png", draw_curves, folder / "loss.png", state)
@@ -1801,26 +1783,33 @@ ENGINE_HINT = "CTranslate2 is not installed: pip install ctranslate2"
 
 def transformers_settings(config: Seq2SeqConfig, vocab_size: int) -> dict:
     """Ours in the words of transformers' Pegasus and Marian."""
-    settings = {
-        "vocab_size": vocab_size,
-        "d_model": config.d_model,
-        "encoder_layers": config.num_encoder_layers,
-        "decoder_layers": config.num_decoder_layers,
-        "max_position_embeddings": EXPORTED_POSITIONS,
-        "tie_word_embeddings": config.tie_embeddings,
-        "activation_function": "relu",
-        "scale_embedding": True,
-        "dropout": config.dropout,
-        "attention_dropout": 0.0,
-        "activation_dropout": 0.0,
-        "pad_token_id": config.pad_id,
-        "eos_token_id": config.eos_id,
-        "decoder_start_token_id": config.pad_id,
-    }
+    settings = {"vocab_size": vocab_size, "d_model": config.d_model, "dropout": config.dropout}
+    settings |= {"max_position_embeddings": EXPORTED_POSITIONS, "scale_embedding": True}
+    settings |= {"tie_word_embeddings": config.tie_embeddings, "activation_function": "relu"}
+    settings |= {"attention_dropout": 0.0, "activation_dropout": 0.0}
+    settings |= {"pad_token_id": config.pad_id, "decoder_start_token_id": config.pad_id}
+    settings |= {"eos_token_id": config.eos_id, "forced_eos_token_id": None}
     for side in ("encoder", "decoder"):
+        settings[f"{side}_layers"] = getattr(config, f"num_{side}_layers")
         settings[f"{side}_attention_heads"] = config.nhead
         settings[f"{side}_ffn_dim"] = config.dim_feedforward
     return settings
+
+
+# Our names -> those of transformers; longer ones first.
+TRANSFORMERS_NAMES = {
+    "self_attention_norm": "self_attn_layer_norm",
+    "self_attention": "self_attn",
+    "cross_attention_norm": "encoder_attn_layer_norm",
+    "cross_attention": "encoder_attn",
+    "feed_forward_norm": "final_layer_norm",
+    "linear1": "fc1",
+    "linear2": "fc2",
+    "encoder_layers": "encoder.layers",
+    "decoder_layers": "decoder.layers",
+    "encoder_norm": "encoder.layer_norm",
+    "decoder_norm": "decoder.layer_norm",
+}
 
 
 def to_transformers(model: TransformerSeq2SeqModel):
@@ -1843,50 +1832,35 @@ def to_transformers(model: TransformerSeq2SeqModel):
     settings = transformers_settings(config, config.vocab_size + spare)
     settings |= {"normalize_before": config.norm_first, "normalize_embedding": False}  # for it too
     if config.norm_first:
-        exported = transformers.PegasusForConditionalGeneration(
-            transformers.PegasusConfig(**settings, forced_eos_token_id=None)
-        )
+        made = transformers.PegasusConfig(**settings)
+        exported = transformers.PegasusForConditionalGeneration(made)
     else:
-        settings["decoder_vocab_size"] = settings["vocab_size"]
-        exported = transformers.MarianMTModel(
-            transformers.MarianConfig(**settings, forced_eos_token_id=None)
-        )
+        made = transformers.MarianConfig(**settings, decoder_vocab_size=settings["vocab_size"])
+        exported = transformers.MarianMTModel(made)
     channels = torch.cat([torch.arange(first, config.d_model, 2) for first in (0, 1)])
     state = {}
-
-    def put(name: str, layer: nn.Module, rows=slice(None), reads=False, writes=False) -> None:
-        """A layer norm or some rows of a linear layer, which reads from the residual stream or
-        writes to it."""
-        weight, bias = layer.weight[rows], layer.bias[rows]
-        weight = weight[:, channels] if reads else weight
-        state[f"model.{name}.weight"] = weight[channels] if writes else weight
-        state[f"model.{name}.bias"] = bias[channels] if writes else bias
-
-    for side in ("encoder", "decoder"):
-        for index, layer in enumerate(getattr(model, f"{side}_layers")):
-            place = f"{side}.layers.{index}"
-            attentions = {"self_attn": (layer.self_attention, layer.self_attention_norm)}
-            if side == "decoder":
-                attentions["encoder_attn"] = (layer.cross_attention, layer.cross_attention_norm)
-            for name, (attention, norm) in attentions.items():
-                for part, projection in enumerate(("q_proj", "k_proj", "v_proj")):
-                    rows = slice(part * config.d_model, (part + 1) * config.d_model)
-                    put(f"{place}.{name}.{projection}", attention.in_proj, rows, reads=True)
-                put(f"{place}.{name}.out_proj", attention.out_proj, writes=True)
-                put(f"{place}.{name}_layer_norm", norm, writes=True)
-            put(f"{place}.fc1", layer.linear1, reads=True)
-            put(f"{place}.fc2", layer.linear2, writes=True)
-            put(f"{place}.final_layer_norm", layer.feed_forward_norm, writes=True)
-        if config.norm_first:
-            put(f"{side}.layer_norm", getattr(model, f"{side}_norm"), writes=True)
-
-    def vocabulary(weight: Tensor) -> Tensor:
-        rows = weight[: config.vocab_size, channels]
-        return torch.cat([rows, rows.new_zeros(spare, config.d_model)])
-
-    for name in ("shared", "encoder.embed_tokens", "decoder.embed_tokens"):
-        state[f"model.{name}.weight"] = vocabulary(model.embedding.weight)
-    state["lm_head.weight"] = vocabulary(model.output.weight)
+    for name, weight in model.state_dict().items():
+        part = name.split(".")[-2]
+        if part in ("embedding", "output"):
+            rows = weight[: config.vocab_size, channels]
+            weight = torch.cat([rows, rows.new_zeros(spare, config.d_model)])
+            names = ["lm_head.weight"]
+            if part == "embedding":
+                names = ["shared", "encoder.embed_tokens", "decoder.embed_tokens"]
+                names = [f"model.{place}.weight" for place in names]
+            state |= dict.fromkeys(names, weight)
+            continue
+        if part in ("in_proj", "linear1") and weight.dim() == 2:  # reads the residual stream
+            weight = weight[:, channels]
+        elif part not in ("in_proj", "linear1"):  # writes to it
+            weight = weight[channels]
+        for ours, theirs in TRANSFORMERS_NAMES.items():
+            name = name.replace(ours, theirs)
+        if part != "in_proj":
+            state[f"model.{name}"] = weight
+            continue
+        for projection, rows in zip(("q_proj", "k_proj", "v_proj"), weight.chunk(3)):
+            state[f"model.{name.replace('in_proj', projection)}"] = rows
     bias = torch.zeros(1, config.vocab_size + spare)
     bias[:, config.vocab_size :] = -1e9  # the spare row is no token
     state["final_logits_bias"] = bias
@@ -2076,42 +2050,40 @@ def export(config: ExportConfig) -> int:
 
 # ---- bench: what Lightning and Modlee cost per step ----------------------------------------------
 # Every arm is a process of its own and trains the same model on the same batches. Arms take turns of
-# `WINDOW` steps, each order and then its reverse, and are compared pair by pair.
+# `WINDOW` steps, each order and then its reverse, and are compared turn by turn.
 
 WINDOW = LOG_EVERY  # steps in a turn: all that is periodic comes round once
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A way to train. trainer: changes of the Trainer's arguments, None for the raw loop; callbacks:
-    by name, see `bench_callbacks`; modlee: parts of the names of its callbacks, None for none."""
+    """A way to train."""
 
     label: str
-    trainer: dict | None = None
-    callbacks: tuple[str, ...] = ()
-    modlee: tuple[str, ...] | None = None
+    trainer: dict | None = None  # changes of the Trainer's arguments; None: the raw loop
+    modlee: tuple[str, ...] | None = None  # which of its callbacks, by parts of their names
     compile: bool = False
+    wait: bool = False  # for the device after each phase, which tells how long it takes
 
 
 OFF = {"enable_progress_bar": False, "callbacks": []}
 DEFAULTS = {"logger": True, "enable_checkpointing": True, "enable_model_summary": True}
 ARMS = {
     "raw": Arm("raw loop"),
-    "compiled": Arm("raw loop, --compile", compile=True),
     "barebones": Arm("Lightning, barebones", {"barebones": True, "callbacks": []}),
     "defaults": Arm("Lightning as it comes", DEFAULTS | {"callbacks": []}),
     "adapter": Arm("this adapter, --no-modlee", {}),
-    "modlee": Arm("this adapter with Modlee", {}, modlee=("Data", "Transforms", "Model", "Code")),
+    "modlee": Arm("this adapter with Modlee", {}, ("Data", "Transforms", "Model", "Code")),
+    "compiled": Arm("raw loop, --compile", compile=True),
+    "phases": Arm("raw loop, phase by phase", wait=True),
     "off": Arm("Lightning, all switched off", OFF),
     "bar": Arm("+ progress bar", OFF | {"enable_progress_bar": True}),
-    "log": Arm("+ logging every step", OFF | {"logger": True, "log_every_n_steps": 1}, ("log",)),
-    "checkpoint": Arm(
-        "+ checkpoint every 20 steps", OFF | {"enable_checkpointing": True}, ("checkpoint",)
-    ),
+    "log": Arm("+ logging every step", OFF | {"logger": True, "log_every_n_steps": 1}),
+    "checkpoint": Arm("+ checkpoint every 20 steps", OFF | {"enable_checkpointing": True}),
     "clip": Arm("+ clipping by Trainer", OFF | {"gradient_clip_val": TrainConfig.clip_norm}),
-    "autolog": Arm("Lightning, mlflow autolog", OFF, modlee=()),
-    "modlee-data": Arm("+ Modlee: data", OFF, modlee=("Data", "Transforms")),
-    "modlee-model": Arm("+ Modlee: model", OFF, modlee=("ModelMeta", "Code")),
+    "autolog": Arm("Lightning, mlflow autolog", OFF, ()),
+    "modlee-data": Arm("+ Modlee: data", OFF, ("Data", "Transforms")),
+    "modlee-model": Arm("+ Modlee: model", OFF, ("ModelMeta", "Code")),
 }
 # Arms that take turns together, each compared to the first of its group. The first group is all that
 # --quick and the other sizes have.
@@ -2120,21 +2092,18 @@ GROUPS = (
     ("raw", "compiled"),
     ("off", "bar", "log", "checkpoint", "clip", "autolog"),
     ("autolog", "modlee-data", "modlee-model"),
+    ("phases",),
 )
-# Three models; the costs of the middle one are itemised. A GPU gets larger batches.
+SMALLEST = {"d_model": 64, "num_encoder_layers": 1, "num_decoder_layers": 1, "batch_size": 16}
+WIDE = {"d_model": 256, "nhead": 8, "dim_feedforward": 1024}
+WIDEST = PAPER_BASE | {"d_model": 1024, "nhead": 16, "dim_feedforward": 4096, "batch_size": 2048}
+# Three models; the costs of the middle one are itemised. A GPU gets larger ones.
 BENCH_SIZES = {
-    "cpu": {
-        "small": dict.fromkeys(("num_encoder_layers", "num_decoder_layers"), 1)
-        | {"d_model": 64, "dim_feedforward": 256, "batch_size": 16},
-        "demo": {},
-        "wide": {"d_model": 256, "nhead": 8, "dim_feedforward": 1024},
-    },
+    "cpu": {"small": SMALLEST, "demo": {}, "wide": WIDE},
     "cuda": {
         "demo": {"batch_size": 512},
         "tutorial": PAPER_BASE | {"batch_size": 2048},
-        "widest": PAPER_BASE
-        | {"d_model": 1024, "nhead": 16, "dim_feedforward": 4096}
-        | {"batch_size": 2048},
+        "widest": WIDEST,
     },
 }
 
@@ -2148,8 +2117,7 @@ class RepeatingSampler(data.BucketBatchSampler):
 
     def set_epoch(self, epoch: int) -> None:
         super().set_epoch(epoch)
-        kinds = [self.batches[i % len(self.batches)] for i in range(WINDOW)]
-        self.batches = kinds * self.windows
+        self.batches = [self.batches[i % len(self.batches)] for i in range(WINDOW)] * self.windows
 
     def __iter__(self) -> Iterator[list[int]]:
         for index, rows in enumerate(super().__iter__()):
@@ -2164,10 +2132,8 @@ class TurnTimer:
     def __init__(self, pipe, device: torch.device, state: State):
         self.pipe, self.device, self.state = pipe, device, state
         self.waited = self.started = 0.0
-        self.parts: dict[str, float] = {}  # seconds, see `timed_phases`
-        self.events = None
-        if device.type == "cuda":
-            self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        self.phases: dict[str, float] = {}  # seconds, see `timed_phases`
+        self.events = [torch.cuda.Event(enable_timing=True) for _ in "12" if device.type == "cuda"]
 
     def clock(self) -> float:
         """Seconds, which stand still while it waits."""
@@ -2186,28 +2152,30 @@ class TurnTimer:
         # Threads fall asleep while others have their turn, and clocks go down.
         matmul_rate(self.device, torch.float32, 256, 0.1)
         memory_peak(self.device, reset=index == WINDOW)
-        self.parts.clear()
-        if self.events:
-            self.events[0].record()
+        self.phases.clear()
+        for event in self.events[:1]:
+            event.record()
         self.waited += time.perf_counter() - paused
         self.started = self.clock()
 
-    def measure(self) -> dict:
-        enqueued = self.clock() - self.started
-        if self.events:
-            self.events[1].record()
+    def measure(self) -> dict[str, object]:
+        """Seconds of the turn: `whole`, `loop` (outside of all phases), `enqueue` (until the host was
+        free) and `device`; peak memory; the losses."""
+        found = {"enqueue": self.clock() - self.started}
+        for event in self.events[1:]:
+            event.record()
         synchronize(self.device)
-        found = {"seconds": self.clock() - self.started, "enqueue": enqueued, "device": None}
+        found["whole"] = self.clock() - self.started
+        found["loop"] = found["whole"] - sum(self.phases.values())
         if self.events:
             found["device"] = self.events[0].elapsed_time(self.events[1]) / 1e3
-        found["loop"] = found["seconds"] - sum(self.parts.values())
-        found |= {"peak": memory_peak(self.device), "parts": dict(self.parts)}
+        found |= {"peak": memory_peak(self.device), "phases": dict(self.phases)}
         return found | {"losses": list(self.state.history["train"])}
 
 
 @contextlib.contextmanager
 def timed_phases(timer: TurnTimer, wait: bool) -> Iterator[None]:
-    """Note in timer.parts how long is spent in what every arm calls: data, forward, backward,
+    """Note in timer.phases how long is spent in what every arm calls: data, forward, backward,
     clipping, optimizer. What is left of a step is the loop around it. wait: for the device."""
     from torch.utils.data.dataloader import _BaseDataLoaderIter
 
@@ -2217,7 +2185,7 @@ def timed_phases(timer: TurnTimer, wait: bool) -> Iterator[None]:
             result = function(*arguments, **more)
             if wait:
                 synchronize(timer.device)
-            timer.parts[name] = timer.parts.get(name, 0.0) + timer.clock() - started
+            timer.phases[name] = timer.phases.get(name, 0.0) + timer.clock() - started
             return result
 
         return wrapper
@@ -2238,27 +2206,11 @@ def timed_phases(timer: TurnTimer, wait: bool) -> Iterator[None]:
 def bench_case(config: TrainConfig, prepared: Prepared, device: torch.device):
     """(model, loaders, state): the same in every arm."""
     model = build_model(config, prepared.tokenizer).to(device)
-    loaders = build_loaders(config, prepared, device)
-    train = loaders[0]
+    train, validation = build_loaders(config, prepared, device)
     sampler = RepeatingSampler(*prepared.train.lengths, config.batch_size, config.seed)
-    loaders[0] = torch.utils.data.DataLoader(
-        train.dataset, batch_sampler=sampler, collate_fn=train.collate_fn
-    )
-    return model, loaders, State(config, loaders[0])
-
-
-def bench_callbacks(names: tuple[str, ...], folder: str) -> list:
-    from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-
-    class LogEveryStep(Callback):
-        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-            module.log("step_loss", outputs["loss"])
-
-    made = {
-        "log": LogEveryStep,
-        "checkpoint": lambda: ModelCheckpoint(folder, every_n_train_steps=LOG_EVERY),
-    }
-    return [made[name]() for name in names]
+    more = {"batch_sampler": sampler, "collate_fn": train.collate_fn}
+    train = torch.utils.data.DataLoader(train.dataset, **more)
+    return model, [train, validation], State(config, train)
 
 
 def run_arm(arm: Arm, model, loaders, config: TrainConfig, state: State, prepared) -> None:
@@ -2266,29 +2218,34 @@ def run_arm(arm: Arm, model, loaders, config: TrainConfig, state: State, prepare
     if arm.trainer is None:
         train_raw(model, *loaders, config, state)
         return
-    changes = dict(arm.trainer)
-    if arm.callbacks:
-        changes["callbacks"] = bench_callbacks(arm.callbacks, os.getcwd())
+    lightning, changes = import_lightning(), dict(arm.trainer)
+
+    class LogEveryStep(lightning.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            module.log("step_loss", outputs["loss"])
+
+    if "log_every_n_steps" in changes:
+        changes["callbacks"] = [LogEveryStep()]
+    if changes.get("enable_checkpointing") and "logger" not in changes:
+        saves = lightning.callbacks.ModelCheckpoint(os.getcwd(), every_n_train_steps=LOG_EVERY)
+        changes["callbacks"] = [saves]
     modlee = None if arm.modlee is None else import_modlee()
-    base = import_lightning().LightningModule
-    adapter = adapter_class(modlee_base() if modlee else base)(vars(model.config), model)
+    base = modlee_base() if modlee else lightning.LightningModule
+    adapter = adapter_class(base)(vars(model.config), model)
     adapter.attach(config, state)
     if "gradient_clip_val" in changes:  # Lightning's own way
-        theirs = base.configure_gradient_clipping
+        theirs = lightning.LightningModule.configure_gradient_clipping
         adapter.configure_gradient_clipping = partial(theirs, adapter)
-
-    def fit() -> None:
-        train_lightning(adapter, *loaders, config, **changes)
-
-    if modlee is None:
-        fit()
-    else:
+    fit = partial(train_lightning, adapter, *loaders, config, **changes)
+    if modlee:
         ModleeRecord(modlee, config, prepared, arm.modlee).fit(adapter, fit)
+    else:
+        fit()
 
 
-def serve_arm(arm: Arm, config: TrainConfig, prepared, device_name: str, wait: bool, pipe) -> None:
+def serve_arm(arm: Arm, config: TrainConfig, prepared: Prepared, device_name: str, pipe) -> None:
     """An arm in this process, which is its own. Answers None once it could begin, and then, each
-    time it is asked, what the next WINDOW steps took. wait: for the device after each phase."""
+    time it is asked, what the next WINDOW steps took."""
     os.chdir(Path(config.mlruns).parent)
     for stream in (sys.stdout, sys.stderr):
         os.dup2(os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
@@ -2297,9 +2254,8 @@ def serve_arm(arm: Arm, config: TrainConfig, prepared, device_name: str, wait: b
         model, loaders, state = bench_case(config, prepared, device)
         timer = loaders[0].batch_sampler.timer = TurnTimer(pipe, device, state)
         gc.disable()
-        if arm.compile and not compile_model(model):
-            raise InputError("nothing can compile here")
-        with timed_phases(timer, wait):
+        require(not arm.compile or compile_model(model), "nothing can compile here")
+        with timed_phases(timer, arm.wait):
             run_arm(arm, model, loaders, config, state, prepared)
     except Exception as error:  # noqa: BLE001 - whatever it is, the asking process must hear of it
         pipe.send(InputError(f"{arm.label}: {type(error).__name__}: {data.one_line(error)}"))
@@ -2312,8 +2268,7 @@ def serving(target: Callable, jobs: dict[str, tuple]) -> Iterator[dict[str, Call
     Yields name -> function that sends what it is given, if anything, and returns the answer. A
     process that answers with an InputError, or dies, raises it here.
     """
-    context = multiprocessing.get_context("spawn")
-    processes, pipes = [], {}
+    context, processes, pipes = multiprocessing.get_context("spawn"), [], {}
 
     def ask(name: str, *question):
         if question:
@@ -2321,7 +2276,7 @@ def serving(target: Callable, jobs: dict[str, tuple]) -> Iterator[dict[str, Call
         try:
             found = pipes[name].recv()
         except EOFError:
-            raise Failed(f"{name} died without a word") from None
+            raise InputError(f"the process of {name} has died") from None
         if isinstance(found, InputError):
             raise found
         return found
@@ -2389,17 +2344,8 @@ def median_interval(values: np.ndarray) -> list[float]:
     return [float(np.median(values)), float(low), float(high)]
 
 
-def describe_work(sampler: data.BucketBatchSampler, config: Seq2SeqConfig) -> dict:
-    """What a step has to do, on average over a window: tokens and FLOPs without pads."""
-    rows = np.concatenate(sampler.batches[:WINDOW])
-    source, target = sampler.source_lengths[rows], sampler.target_lengths[rows]
-    flops = 3 * sum(count_flops(config, *pair) for pair in zip(source.tolist(), target.tolist()))
-    tokens = {"source_tokens": int(source.sum()), "target_tokens": int(target.sum())}
-    return {name: value / WINDOW for name, value in (tokens | {"flops": flops}).items()}
-
-
 def take_turns(serve: dict[str, Callable], turns: int, bar) -> dict[str, list[dict]]:
-    """Time arms in turn, after a first window that warms up and whose losses must agree. Returns
+    """Time arms in turn, after a first turn that warms up and whose losses must agree. Returns
     name -> answers [1 + turns], the warm-up first."""
     found = {name: [] for name in serve}
     for turn in range(turns + 1):
@@ -2412,52 +2358,50 @@ def take_turns(serve: dict[str, Callable], turns: int, bar) -> dict[str, list[di
             for name, loss in losses.items():
                 # Bit for bit where it can be: compiled code and GPUs add in another order.
                 exact = not ARMS[name].compile and not torch.cuda.is_available()
-                if abs(loss - expected) > (0 if exact else 1e-2 * expected):
-                    raise InputError(
-                        f"{ARMS[name].label} trains differently, with a loss of {loss} where others "
-                        f"have {expected}; nothing was timed"
-                    )
+                same = abs(loss - expected) <= (0 if exact else 1e-2 * expected)
+                what = f"{ARMS[name].label} has a loss of {loss}, others of {expected}"
+                require(same, f"{what}: nothing was timed")
     return found
 
 
+def describe_work(sampler: data.BucketBatchSampler, config: Seq2SeqConfig) -> dict:
+    """What a step has to do, on average over a turn: tokens and FLOPs without pads."""
+    rows = np.concatenate(sampler.batches[:WINDOW])
+    source, target = sampler.source_lengths[rows], sampler.target_lengths[rows]
+    flops = 3 * sum(count_flops(config, *pair) for pair in zip(source.tolist(), target.tolist()))
+    work = {"source_tokens": source.sum(), "target_tokens": target.sum(), "flops": flops}
+    return {name: float(value) / WINDOW for name, value in work.items()}
+
+
 def describe_arms(size: str, found: dict[str, list[dict]], work: dict, peak: float) -> list[dict]:
-    """The figures of a group, each arm beside the first: milliseconds per step."""
+    """The figures of a group, in milliseconds per step; each arm beside the first."""
+
+    def of(name: str, kind: str) -> np.ndarray:
+        """Of every turn but the warm-up."""
+        return np.array([answer[kind] for answer in found[name][1:]]) * 1e3 / WINDOW
+
     rows, base = [], next(iter(found))
-    for name, (warm_up, *answers) in found.items():
-        series = {
-            kind: [np.array([answer[kind] for answer in found[arm][1:]]) for arm in (name, base)]
-            for kind in ("seconds", "loop")
+    for name, answers in found.items():
+        ms, peaks = float(np.median(of(name, "whole"))), [a["peak"] for a in answers if a["peak"]]
+        row = {"size": size, "arm": name, "label": ARMS[name].label, "beside": base, "ms": ms}
+        row |= {
+            f"{side}_tokens_per_second": 1e3 * work[f"{side}_tokens"] / ms
+            for side in ("source", "target")
         }
-        seconds, base_seconds = (float(np.median(v)) / WINDOW for v in series["seconds"])
-        peaks = [answer["peak"] for answer in answers if answer["peak"]]
-        row = {"size": size, "arm": name, "label": ARMS[name].label, "beside": base}
-        row |= {"ms": 1e3 * seconds, "beside_ms": 1e3 * base_seconds}
-        row |= {"source_tokens_per_second": work["source_tokens"] / seconds}
-        row |= {"target_tokens_per_second": work["target_tokens"] / seconds}
-        row |= {"gflops": work["flops"] / seconds / 1e9, "mfu": work["flops"] / seconds / peak}
+        row |= {"mfu": work["flops"] / (ms / 1e3) / peak}
         row |= {"peak_mib": max(peaks) / 2**20 if peaks else None}
-        row |= {"warm_up_seconds": warm_up["seconds"]}
-        row |= {"turn_seconds": series["seconds"][0].tolist()}
-        row["more_ms"] = {  # [median, low, high] of the differences turn by turn
-            kind: [1e3 * value / WINDOW for value in median_interval(mine - theirs)]
-            for kind, (mine, theirs) in series.items()
+        row |= {"warm_up_seconds": answers[0]["whole"], "turns_ms": of(name, "whole").tolist()}
+        for kind in ("whole", "loop"):  # [median, low, high] of the differences turn by turn
+            row[f"more_{kind}_ms"] = median_interval(of(name, kind) - of(base, kind))
+        for kind in ("device", "enqueue") if "device" in answers[0] else ():
+            row[f"{kind}_ms"] = float(np.median(of(name, kind)))
+        phases = {
+            phase: [a["phases"][phase] for a in answers[1:]] for phase in answers[0]["phases"]
         }
-        for kind in ("device", "enqueue"):
-            if answers[0]["device"] is not None:
-                values = [answer[kind] for answer in answers]
-                row[f"{kind}_ms"] = 1e3 * float(np.median(values)) / WINDOW
+        row["phases_ms"] = {p: 1e3 * float(np.median(v)) / WINDOW for p, v in phases.items()}
+        row["phases_ms"]["loop"] = float(np.median(of(name, "loop")))
         rows.append(row)
     return rows
-
-
-def describe_breakdown(answers: list[dict]) -> dict[str, float]:
-    """Milliseconds of a step of the raw loop: its phases, and the loop around them."""
-    parts = {
-        name: np.median([answer["parts"][name] for answer in answers])
-        for name in answers[0]["parts"]
-    }
-    parts["loop"] = np.median([answer["loop"] for answer in answers])
-    return {name: 1e3 * float(seconds) / WINDOW for name, seconds in parts.items()}
 
 
 def print_bench(report: dict) -> None:
@@ -2466,32 +2410,30 @@ def print_bench(report: dict) -> None:
     print_field("matmul", f"{rate} at best in that precision, of which MFU is a share")
     for what, reason in report["left_out"].items():
         print_field("left out", f"{what}: {reason}")
-    for size, about in report["sizes"].items():
+    for size, work in report["sizes"].items():
+        tokens = f"{work['source_tokens']:.0f} source and {work['target_tokens']:.0f} target tokens"
+        print(f"\n{size}: a step has {tokens}, {work['flops'] / 1e9:.1f} GFLOP")
         print(
-            f"\n{size}: {about['d_model']} wide; a step has {about['source_tokens']:.0f} source and "
-            f"{about['target_tokens']:.0f} target tokens, {about['flops'] / 1e9:.1f} GFLOP\n"
-            f"{'':30}{'ms a step':>9}  target tok/s  MFU  peak MiB  warm-up   "
-            f"more than beside, ms (95 %): loop overhead      whole step"
+            f"{'':30}ms a step  source, target tokens/s   MFU  peak MiB  warm-up   more ms a step "
+            "(95 %): loop overhead, whole step"
         )
-        for row in report["rows"]:
-            if row["size"] != size:
-                continue
+        for row in (row for row in report["rows"] if row["size"] == size):
             line = (
-                f"  {row['label']:28}{row['ms']:9.2f}  {row['target_tokens_per_second']:12,.0f}"
-                f" {row['mfu']:4.0%}  {row['peak_mib'] or 0:8.0f}  {row['warm_up_seconds']:5.1f} s"
+                f"  {row['label']:28}{row['ms']:9.2f}  {row['source_tokens_per_second']:11,.0f}"
+                f" {row['target_tokens_per_second']:11,.0f}  {row['mfu']:4.0%}"
+                f"  {row['peak_mib'] or 0:8.0f}  {row['warm_up_seconds']:5.1f} s"
             )
             if row["arm"] != row["beside"]:
-                cells = [
-                    "{:6.2f} ({:.2f} to {:.2f})".format(*row["more_ms"][kind])
-                    for kind in ("loop", "seconds")
-                ]
-                line += "   " + "  ".join(cells) + f"  beside: {ARMS[row['beside']].label}"
-            print(line)
+                for kind in ("loop", "whole"):
+                    line += "  {:6.2f} ({:.2f} to {:.2f})".format(*row[f"more_{kind}_ms"])
+                line += f" than {ARMS[row['beside']].label}"
             if "device_ms" in row:
-                times = f"{row['device_ms']:.2f} ms, enqueued in {row['enqueue_ms']:.2f} ms"
-                print(f"{'':30}on the device {times}")
-    parts = ", ".join(f"{name} {ms:.2f}" for name, ms in report["breakdown"].items())
-    print(f"\na step of the raw loop, ms: {parts}")
+                line += f"; device {row['device_ms']:.2f}, enqueued in {row['enqueue_ms']:.2f} ms"
+            print(line)
+    for row in report["rows"]:
+        if row["arm"] == "phases":
+            phases = ", ".join(f"{name} {ms:.2f}" for name, ms in row["phases_ms"].items())
+            print(f"\na step of the raw loop, ms: {phases}")
 
 
 def describe_machine(device: torch.device) -> dict:
@@ -2504,8 +2446,8 @@ def describe_machine(device: torch.device) -> dict:
 
 
 def profile_steps(config: TrainConfig, prepared: Prepared, device, path: Path) -> None:
-    """Write a trace of ten steps of the raw loop, after a window of warming up."""
-    from torch.profiler import ProfilerActivity, profile, schedule
+    """Write torch's trace of ten steps of the raw loop, after a turn of warming up."""
+    from torch.profiler import profile, schedule
 
     model, loaders, state = bench_case(config, prepared, device)
     sampler = loaders[0].batch_sampler
@@ -2515,15 +2457,16 @@ def profile_steps(config: TrainConfig, prepared: Prepared, device, path: Path) -
     def save(profiler) -> None:
         write_file(path, lambda part: profiler.export_chrome_trace(str(part)))
 
-    kinds = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * (device.type == "cuda")]
     ten = schedule(wait=0, warmup=WINDOW, active=10, repeat=1)
-    with profile(activities=kinds, schedule=ten, on_trace_ready=save) as profiler:
+    with profile(schedule=ten, on_trace_ready=save) as profiler:  # of all devices there are
         sampler.timer = lambda index: profiler.step() if index else None
         train_raw(model, *loaders, config, state)
+    print_field("profile", f"ten steps of the raw loop: {path}")
 
 
 def bench(config: BenchConfig) -> int:
     """Group by group of arms and size by size; then the table."""
+    check_ranges(config)
     check_report(config.json, config.profile)
     require(config.turns is None or config.turns >= 3, "--turns: at least 3, for an interval")
     device = choose_device(config.device)
@@ -2532,61 +2475,45 @@ def bench(config: BenchConfig) -> int:
     sizes = BENCH_SIZES["cuda" if device.type == "cuda" else "cpu"]
     middle = list(sizes)[1]
     turns = config.turns or (4 if config.quick else 12)
-    with tempfile.TemporaryDirectory() as folder:
+    plan = [(middle, group) for group in (GROUPS[:1] if config.quick else GROUPS)]
+    plan += [(size, GROUPS[0]) for size in sizes if size != middle and not config.quick]
+    data.hub_reachable()  # or Modlee would try for minutes
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    peak = matmul_rate(device, dtype, 2048 if device.type == "cpu" else 8192, 1.0)
+    report = describe_machine(device) | {"precision": precision, "matmul_gflops": peak / 1e9}
+    report |= {"steps_per_turn": WINDOW, "turns": turns, "sizes": {}, "rows": [], "left_out": {}}
+    total = sum((turns + 1) * len(group) for _, group in plan)
+    bar = progress_bar(desc="bench", total=total, unit="turn")
+    with bar, tempfile.TemporaryDirectory() as folder:
+        fixed = {"max_epochs": 1, "precision": precision, "mlruns": f"{folder}/mlruns"}
         settings = {
             size: TrainConfig(
-                **changes,
-                max_epochs=1,
-                precision=precision,
-                num_samples=max(6400, 25 * changes.get("batch_size", 64)),
-                mlruns=f"{folder}/mlruns",
+                **changes, **fixed, num_samples=max(6400, 25 * changes.get("batch_size", 64))
             )
             for size, changes in sizes.items()
         }
         prepared = prepare_data(settings[middle])
         if config.profile:
-            path = Path(config.profile).expanduser()
-            profile_steps(settings[middle], prepared, device, path)
-            print_field("profile", f"ten steps of the raw loop, {middle} size: {path}")
+            profile_steps(settings[middle], prepared, device, Path(config.profile).expanduser())
             return 0
-        plan = [(middle, group) for group in GROUPS[: 1 if config.quick else None]]
-        plan += [(size, GROUPS[0]) for size in sizes if size != middle and not config.quick]
-        left_out = {}
-        if find_spec("modlee") is None:
-            left_out["Modlee"] = "not installed"
-            plan = [(size, [a for a in group if ARMS[a].modlee is None]) for size, group in plan]
-        data.hub_reachable()  # or Modlee would try for minutes
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-        peak = matmul_rate(device, dtype, 2048 if device.type == "cpu" else 8192, 1.0)
-        report = describe_machine(device) | {"precision": precision, "sizes": {}, "rows": []}
-        report |= {"matmul_gflops": peak / 1e9, "steps_per_turn": WINDOW, "turns": turns}
-        total = sum((turns + 1) * len(group) for _, group in plan)
-        with progress_bar(desc="bench", total=total, unit="turn") as bar:
-            for size, group in plan:
-                jobs = {
-                    name: (ARMS[name], settings[size], prepared, config.device, False)
-                    for name in group
-                }
-                with serving(serve_arm, jobs) as serve:
-                    for name in list(serve):
-                        try:
-                            serve[name]()
-                        except InputError as error:
-                            left_out[name] = str(error)
-                            del serve[name]
-                    found = take_turns(serve, turns, bar) if len(serve) > 1 else {}
-                if "breakdown" not in report:
-                    report["breakdown"] = describe_breakdown(found["raw"][1:])
-                model, loaders, _ = bench_case(settings[size], prepared, device)
-                work = describe_work(loaders[0].batch_sampler, model.config)
-                report["sizes"][size] = {"d_model": model.config.d_model} | work
-                report["rows"] += describe_arms(size, found, work, peak) if found else []
-        if device.type != "cpu":  # where the arms never wait between phases
-            jobs = {"raw": (ARMS["raw"], settings[middle], prepared, config.device, True)}
+        for size, group in plan:
+            has = {name for name in group if ARMS[name].modlee is None or find_spec("modlee")}
+            case = (settings[size], prepared, config.device)
+            jobs = {name: (ARMS[name], *case) for name in group if name in has}
             with serving(serve_arm, jobs) as serve:
-                serve["raw"]()
-                report["breakdown"] = describe_breakdown([serve["raw"](True) for _ in range(4)][1:])
-    report["left_out"] = left_out
+                for name in list(serve):
+                    try:
+                        serve[name]()
+                    except InputError as error:
+                        report["left_out"][name] = str(error)
+                        del serve[name]
+                found = take_turns(serve, turns, bar)
+            model, loaders, _ = bench_case(settings[size], prepared, device)
+            work = describe_work(loaders[0].batch_sampler, model.config)
+            report["sizes"][size] = work
+            report["rows"] += describe_arms(size, found, work, peak)
+    if not find_spec("modlee"):
+        report["left_out"]["Modlee"] = "not installed"
     print_bench(report)
     if config.json:
         write_json(Path(config.json).expanduser(), report)
@@ -2653,28 +2580,28 @@ def name_output(config: TrainConfig) -> TrainConfig:
 
 def train(config: TrainConfig) -> int:
     """Prepare data, train, save, evaluate. Returns the exit code."""
+    # What can be refused at once, before data is read for minutes.
     check_training(config)
     device = choose_device(config.device)
     config = dataclasses.replace(config, precision=choose_precision(config.precision, device))
+    checkpoint = None
     if config.output is not None:
         check_output(Path(config.output).expanduser(), replace=config.resume is not None)
-    resumed = None
-    if config.resume is not None:
-        resumed = read_checkpoint(checkpoint_folder(config))
-    elif config.output is not None:
         checkpoints = checkpoint_folder(config)
-        if any(checkpoints.glob("step-*.pt")):
-            way = f"continue that run with --resume {shlex.quote(str(config.output))}"
-            raise InputError(f"{checkpoints} is of another run: {way}, or delete it")
+        way = f"continue it with --resume {shlex.quote(str(checkpoints))}, or delete that"
+        free = config.resume is not None or not any(checkpoints.glob("step-*.pt"))
+        require(free, f"{checkpoints} is of another run: {way}")
+    if config.resume is not None:
+        checkpoint = read_checkpoint(checkpoint_folder(config))
     rank = join_processes(device)
     config = name_output(config)
     output, checkpoints = Path(config.output).expanduser(), checkpoint_folder(config)
     use_tensor_cores(device)
+
     prepared = prepare_data(config)
     model = build_model(config, prepared.tokenizer)
-    if config.init is not None and resumed is None:
-        start, _, _ = load_model(config.init, torch.device("cpu"))
-        model.load_state_dict(start.state_dict())
+    if config.init is not None:
+        model.load_state_dict(load_model(config.init, torch.device("cpu"))[0].state_dict())
     model.to(device)
     loaders = build_loaders(config, prepared, device)
     metrics = describe_run(config, prepared, model, loaders[0], device)
@@ -2683,37 +2610,35 @@ def train(config: TrainConfig) -> int:
     save = partial(write_checkpoint, checkpoints, about)
     after_epoch = partial(log_epoch, config, prepared, checkpoints) if rank == 0 else None
     state = State(config, loaders[0], save, after_epoch)
-    if resumed is not None:
-        resume(state, model, resumed, digest)
+    if checkpoint is not None:
+        resume(state, model, checkpoint, about)
+
     with recording(state), stopping_on_signals(state):
         record = None
         if state.epoch < config.max_epochs:
             record = fit(model, loaders, config, prepared, state, rank)
         if state.stop:
-            return say_stopped(state, config)
+            return say_stopped(state, checkpoints)
         if rank > 0:
             return 0
         model.to(device)  # Lightning takes it to the CPU at the end
         model.load_state_dict(state.best_weights)
-        metrics |= describe_training(state, record, prepared, loaders[0], config)
-        parts = {"validation": prepared.validation_pairs, "test": prepared.test_pairs}
-        # Before it is scored: an interrupted score loses no training.
-        try:
-            save_model(output, model, prepared.tokenizer, config, metrics, state, parts)
+        metrics |= describe_training(state, record, prepared)
+        try:  # before it is scored: an interrupted score loses no training
+            save_model(output, model, prepared, config, metrics, state)
         except OSError as error:
             way = f"make room, then --resume {shlex.quote(str(checkpoints))}"
             raise Failed(f"{error}; training is complete in {checkpoints}: {way}") from None
         place = shlex.quote(str(output))
         evaluation = f"python run.py evaluate --model {place}"
-        print_trained(state, metrics)
         try:
             score_model(model, prepared, config, metrics)
         except Interrupted:
             print(f"the model is complete, its score is not: {evaluation}", file=sys.stderr)
             raise
         write_json(output / "metrics.json", metrics)
+        scores = {name: metrics[name] for name in ("bleu", "chrf")}
         if config.mlruns != "none":
-            scores = {name: metrics[name] for name in ("bleu", "chrf")}
             attempt(state, "MLflow", partial(log_to_mlflow, config, state, **scores))
     if record:
         print_field("modlee", f"took {record.seconds:.1f} s and recorded {record.run_path}")
@@ -2721,30 +2646,28 @@ def train(config: TrainConfig) -> int:
     if record and config.push:
         record.push()
     print_field("saved", f"{output}")
-    again = f"{checkpoints} is left for --resume {place} --max-epochs {2 * config.max_epochs}"
-    print_field("", f"{again}; delete it otherwise")
+    more = f"{checkpoints} is kept for --resume {place} --max-epochs {2 * config.max_epochs}"
+    print_field("", f"{more}; delete it otherwise")
     print(f"\nnext:  python run.py translate --model {place} 'The teacher sees you.'")
     print(f"       {evaluation} --dataset unseen.tsv")
     return 0
 
 
-def resume(state: State, model: nn.Module, resumed: dict, digest: str) -> None:
+def resume(state: State, model: nn.Module, checkpoint: dict, about: dict) -> None:
     """Put a checkpoint back, and say what differs from the run that wrote it. Raises InputError."""
-    config = state.config
-    if resumed["data"] != digest:
-        raise InputError(
-            f"the training pairs are not those of {config.resume}: to train on others, start a new "
-            f"run from its model with --init"
-        )
+    name = state.config.resume
+    same = checkpoint["data"] == about["data"]
+    way = "to train on others, start a new run from its model with --init"
+    require(same, f"the training pairs are not those of {name}: {way}")
     try:
-        model.load_state_dict(resumed["model"])
+        model.load_state_dict(checkpoint["model"])
     except RuntimeError:
-        raise InputError(f"the model of {config.resume} has other sizes; leave them out") from None
-    state.load(resumed)
-    print_field("resumed", f"after step {state.step} of {config.output}")
-    for name, value in resumed["settings"].items():
-        if name != "resume" and getattr(config, name) != value:
-            print_field("", f"{name} {value} -> {getattr(config, name)}")
+        raise InputError(f"the model of {name} has other sizes; leave them out") from None
+    state.load(checkpoint)
+    print_field("resumed", f"after step {state.step} of {state.config.output}")
+    for name, value in checkpoint["settings"].items():
+        if name != "resume" and about["settings"][name] != value:
+            print_field("", f"{name} {value} -> {about['settings'][name]}")
 
 
 def fit(model, loaders, config: TrainConfig, prepared: Prepared, state: State, rank: int):
@@ -2759,10 +2682,8 @@ def fit(model, loaders, config: TrainConfig, prepared: Prepared, state: State, r
     base = modlee_base() if record else import_lightning().LightningModule
     adapter = adapter_class(base)(dataclasses.asdict(model.config), model)
     adapter.attach(config, state)
-    if record is None:
-        train_lightning(adapter, *loaders, config)
-    else:
-        record.fit(adapter, lambda: train_lightning(adapter, *loaders, config))
+    start = partial(train_lightning, adapter, *loaders, config)
+    record.fit(adapter, start) if record else start()
     return record
 
 
@@ -2771,8 +2692,7 @@ def start_modlee(config: TrainConfig, prepared: Prepared) -> ModleeRecord | None
     if not config.modlee or config.mlruns == "none":
         print_field("modlee", f"off ({'--mlruns none' if config.modlee else '--no-modlee'})")
         return None
-    started = time.perf_counter()
-    modlee = import_modlee()
+    started, modlee = time.perf_counter(), import_modlee()
     if modlee is None:
         require(
             not config.push, "--push needs Modlee, which is not installed (Python 3.10 to 3.12)"
@@ -2791,20 +2711,7 @@ def describe_run(config, prepared: Prepared, model: nn.Module, train_loader, dev
     counts = {"train": len(prepared.train), "validation": len(prepared.validation)}
     parameters = sum(parameter.numel() for parameter in model.parameters())
     name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
-    metrics = {
-        "dataset": list(config.dataset),
-        "tokenizer": config.tokenizer,
-        "pairs": counts | {"test": len(prepared.test_pairs)},
-        "dropped": prepared.dropped,
-        "round_trip_loss_source": prepared.round_trip_loss[0],
-        "round_trip_loss_target": prepared.round_trip_loss[1],
-        "parameters": parameters,
-        "device": name,
-        "precision": config.precision,
-        "loop": config.loop,
-        "padding_share": round(train_loader.batch_sampler.padding_share(), 4),
-        "versions": versions(),
-    }
+    lost = prepared.round_trip_loss
     about = f", {config.source_lang} -> {config.target_lang}"
     if config.dataset == (data.PHRASEBOOK,):
         about = f" (built in and invented: no benchmark){about}"
@@ -2814,34 +2721,55 @@ def describe_run(config, prepared: Prepared, model: nn.Module, train_loader, dev
     pairs = f"{counts['train']:,} training and {counts['validation']:,} validation pairs"
     print_field("", pairs + data.describe_dropped(prepared.dropped))
     size = f"{config.tokenizer}, {len(prepared.tokenizer):,} tokens"
-    print_field("tokenizer", f"{size}; {describe_round_trip(metrics)}")
+    print_field(
+        "tokenizer", f"{size}; changes {lost[0]:.1%} of source, {lost[1]:.1%} of target lines"
+    )
     print_field("model", f"{parameters / 1e6:.1f} M parameters, {config.positional} positions")
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     print_field("device", f"{name}{threads}, {config.precision}")
     epochs = f"{config.max_epochs} epochs of {len(train_loader)} batches"
     print_field("loop", f"{config.loop}, {epochs}")
-    return metrics
+    return {
+        "dataset": list(config.dataset),
+        "tokenizer": config.tokenizer,
+        "pairs": counts | {"test": len(prepared.test_pairs)},
+        "dropped": prepared.dropped,
+        "round_trip_loss_source": lost[0],
+        "round_trip_loss_target": lost[1],
+        "parameters": parameters,
+        "device": name,
+        "precision": config.precision,
+        "loop": config.loop,
+        "padding_share": round(train_loader.batch_sampler.padding_share(), 4),
+        "versions": versions(),
+    }
 
 
-def describe_training(state: State, record, prepared: Prepared, train_loader, config) -> dict:
-    """The second half of metrics.json; the scores are filled in when there are any."""
-    epochs = state.step / math.ceil(len(train_loader) / config.accumulate)
-    tokens = epochs * sum(int(lengths.sum()) for lengths in prepared.train.lengths)
-    last = state.history["validation"][-1][1]
-    train_loss = state.epoch_loss if math.isfinite(state.epoch_loss) else None
+def describe_training(state: State, record: ModleeRecord | None, prepared: Prepared) -> dict:
+    """Say how it went, and return the second half of metrics.json, but for the scores."""
+    tokens = state.epoch * sum(int(lengths.sum()) for lengths in prepared.train.lengths)
+    rate, skipped = tokens / max(state.seconds, 1e-9), count_skipped(state)
+    print_field(
+        "trained", f"{state.step} steps in {state.seconds:.0f} s, {rate:,.0f} real tokens/s"
+    )
+    if skipped:
+        print_field("", f"{skipped} steps were skipped: a gradient overflowed fp16")
+    which = "" if state.best_step == state.step else f", the best, of step {state.best_step}"
+    losses = f"training {state.epoch_loss:.4f}, validation {state.best:.4f}{which}"
+    print_field("loss", losses)
     return {
         "modlee": record is not None,
         "run_path": record and record.run_path,
         "artifacts": record.artifacts if record else [],
         "modlee_seconds": record and round(record.seconds, 2),
         "steps": state.step,
-        "skipped_steps": count_skipped(state),
+        "skipped_steps": skipped,
         "train_seconds": round(state.seconds, 2),
-        "tokens_per_second": round(tokens / max(state.seconds, 1e-9), 1),
-        "train_loss": train_loss,
+        "tokens_per_second": round(rate, 1),
+        "train_loss": state.epoch_loss,
         "val_loss": state.best,  # of the weights in the folder, which are the best
         "best_step": state.best_step,
-        "last_val_loss": last,
+        "last_val_loss": state.history["validation"][-1][1],
         **dict.fromkeys(("scored", "bleu", "chrf", "signature")),
     }
 
@@ -2854,46 +2782,29 @@ def count_skipped(state: State) -> int:
     return state.step - max((int(each["step"]) for each in states), default=0)
 
 
-def describe_round_trip(rates: dict) -> str:
-    lost = [f"{rates[f'round_trip_loss_{side}']:.1%} of {side}" for side in ("source", "target")]
-    return f"changes {' and '.join(lost)} lines"
-
-
-def say_stopped(state: State, config: TrainConfig) -> int:
+def say_stopped(state: State, checkpoints: Path) -> int:
     """Say how to go on. Returns the exit code."""
     print_field("stopped", f"after step {state.step}: {state.checkpoint}")
-    place = shlex.quote(str(checkpoint_folder(config)))
-    print(f"\nnext:  python run.py --resume {place}")
+    resume = f"python run.py --resume {shlex.quote(str(checkpoints))}"
+    print(f"\nnext:  {resume}")
     if state.epoch:
-        print(f"       python run.py --resume {place} --max-epochs {state.epoch}  # ends it here")
+        print(f"       {resume} --max-epochs {state.epoch}  # to end with what is learnt")
     return 128 + (state.signal or signal.SIGTERM)
-
-
-def print_trained(state: State, metrics: dict) -> None:
-    rate = f"{metrics['tokens_per_second']:,.0f} real tokens/s"
-    padding = f"{metrics['padding_share']:.1%} padding"
-    print_field("trained", f"{state.step} steps in {state.seconds:.0f} s, {rate}, {padding}")
-    if metrics["skipped_steps"]:
-        skipped = f"{metrics['skipped_steps']} steps were skipped: a gradient overflowed fp16"
-        print_field("", skipped)
-    which = "" if state.best_step == state.step else f", the best, of step {state.best_step}"
-    losses = f"training {state.epoch_loss:.4f}, validation {state.best:.4f}{which}"
-    print_field("loss", losses)
 
 
 def score_model(model, prepared: Prepared, config: TrainConfig, metrics: dict) -> None:
     """Translate the test pairs, or without any the validation pairs, and put the scores into
     `metrics`."""
+    part = "test" if prepared.test_pairs else "validation"
     pairs = prepared.test_pairs or prepared.validation_pairs
     sources, references = ([pair[side] for pair in pairs] for side in (0, 1))
     languages = (config.source_lang, config.target_lang)
     translator = Translator(model, prepared.tokenizer, languages, config.beam)
     hypotheses = translator.translate(sources)
     translator.report("pair")
-    metrics |= score(hypotheses, references)
-    metrics["scored"] = "test" if prepared.test_pairs else "validation"
+    metrics |= {"scored": part} | score(hypotheses, references)
     search = "greedy" if config.beam == 1 else f"beam {config.beam}"
-    print_field("scored", f"{len(sources):,} {metrics['scored']} pairs, {search}")
+    print_field("scored", f"{len(sources):,} {part} pairs, {search}")
     print_score(metrics)
     for triple in list(zip(sources, hypotheses, references))[:SHOWN]:
         print("\n  source       {}\n  translation  {}\n  reference    {}".format(*triple))
@@ -2910,9 +2821,8 @@ def stdin_lines() -> Iterator[str]:
 
 
 def translate(config: TranslateConfig) -> int:
-    check_decoding(config)
-    in_reach = 1 <= config.num_return <= config.beam
-    require(in_reach, "--num-return must be at least 1 and at most --beam")
+    check_ranges(config)
+    require(config.num_return <= config.beam, "--num-return must be at most --beam")
     for text in config.text:
         require(not data.SURROGATE.search(text), f"not valid UTF-8: {text!r:.60}")
     more = {"num_return": config.num_return, "scores": config.scores}
@@ -2930,49 +2840,36 @@ def translate(config: TranslateConfig) -> int:
 
 
 def evaluate(config: EvaluateConfig) -> int:
-    check_decoding(config)
+    check_ranges(config)
     check_report(config.json)
-    count = config.num_samples
-    require(count is None or count >= 1, "--num-samples must be at least 1")
     if config.hypotheses:
-        path = Path(config.hypotheses).expanduser()
-        check_output(path)
-    parts = [Path(config.model).expanduser() / name for name in ("test.tsv", "validation.tsv")]
-    parts = [str(path) for path in parts if path.is_file()]
-    if config.dataset is None and not parts:
-        raise InputError(f"{config.model} has no test part of its own: add --dataset pairs.tsv")
-    dataset = config.dataset or (parts[0],)
-    if dataset == (data.PHRASEBOOK,):
-        raise InputError("the demo trains on the phrasebook; give pairs of your own")
+        check_output(Path(config.hypotheses).expanduser())
+    dataset = config.dataset
+    if dataset is None:
+        parts = [Path(config.model).expanduser() / f"{name}.tsv" for name in ("test", "validation")]
+        dataset = tuple(str(path) for path in parts if path.is_file())[:1]
+        require(
+            bool(dataset), f"{config.model} has no test part of its own: add --dataset pairs.tsv"
+        )
+    on_phrases = dataset == (data.PHRASEBOOK,)
+    require(not on_phrases, "the demo trains on the phrasebook; give pairs of your own")
     translator = load_translator(**decoding_of(config))
-    languages, tokenizer = translator.languages, translator.tokenizer
-    pairs = data.read_pairs(dataset, config.subset, config.split, languages, config.columns)
-    pairs = whole_pairs(pairs, " ".join(dataset))[:count]
+    more = (config.subset, config.split, translator.languages, config.columns)
+    pairs = whole_pairs(data.read_pairs(dataset, *more), " ".join(dataset))[: config.num_samples]
     sources, references = ([pair[side] for pair in pairs] for side in (0, 1))
     started = time.perf_counter()
     hypotheses = translator.translate(sources)
     seconds = time.perf_counter() - started
     translator.report("pair")
-    result = {
-        "model": config.model,
-        "dataset": list(dataset),
-        "pairs": len(sources),
-        "beam": config.beam,
-        "length_penalty": config.length_penalty,
-        "precision": config.precision,
-        **score(hypotheses, references),
-        "round_trip_loss_source": data.round_trip_loss(sources, tokenizer, languages[0]),
-        "round_trip_loss_target": data.round_trip_loss(references, tokenizer, languages[1]),
-        "seconds": round(seconds, 2),
-        "versions": versions(),
-    }
+    result = {"model": config.model, "dataset": list(dataset), "pairs": len(sources)}
+    result |= {"beam": config.beam, "length_penalty": config.length_penalty}
+    result |= {"precision": config.precision, **score(hypotheses, references)}
+    result |= {"seconds": round(seconds, 2), "versions": versions()}
     taken = f"{len(sources):,} of {' '.join(dataset)}, translated in {seconds:.1f} s"
     print_field("pairs", taken)
     print_score(result)
-    print_field("tokenizer", describe_round_trip(result))
     if config.hypotheses:
-        text = "".join(f"{line}\n" for line in hypotheses)
-        write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        write_text(Path(config.hypotheses).expanduser(), "".join(f"{h}\n" for h in hypotheses))
     if config.json:
         write_json(Path(config.json).expanduser(), result)
     return 0
@@ -2980,38 +2877,30 @@ def evaluate(config: EvaluateConfig) -> int:
 
 def main(arguments: list[str]) -> int:
     """Run a command; what the user can mend ends in one line on stderr."""
-    commands = {
-        "train": train,
-        "translate": translate,
-        "evaluate": evaluate,
-        "export": export,
-        "bench": bench,
-    }
+    commands = {"train": train, "translate": translate, "evaluate": evaluate}
+    commands |= {"export": export, "bench": bench}
     try:
         command, config = parse_command_line(arguments)
         return commands[command](config)
     except Interrupted as stopped:
         print("interrupted", file=sys.stderr)
         return stopped.args[0]
-    except Failed as error:
-        for bar in list(tqdm._instances):
-            bar.close()  # or Lightning's would wipe the message away
-        print(f"\nerror: {error}", file=sys.stderr)
-        return 1
     except BrokenPipeError:  # the reader of our output went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (InputError, OSError) as error:  # disk full, no permission, name too long
         print(f"error: {data.one_line(error, None)}", file=sys.stderr)
         return 2
-    except RuntimeError as error:  # of which only CUDA's has a class
-        words = ("out of memory", "can't allocate memory", "not enough memory")
-        if not any(word in str(error) for word in words):
-            raise
-        print(
-            "error: out of memory; lower --batch-tokens or --batch-size, and raise --accumulate",
-            file=sys.stderr,
-        )
+    except (Failed, RuntimeError) as error:
+        reason = str(error)
+        if not isinstance(error, Failed):  # out of memory has a class on CUDA alone
+            words = ("out of memory", "can't allocate memory", "not enough memory")
+            if not any(word in reason for word in words):
+                raise
+            reason = "out of memory; lower --batch-tokens or --batch-size, and raise --accumulate"
+        for bar in list(tqdm._instances):
+            bar.close()  # or Lightning's would wipe the message away
+        print(f"\nerror: {reason}", file=sys.stderr)
         return 1
 
 

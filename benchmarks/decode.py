@@ -50,8 +50,7 @@ class DecodeBench:
 def reference_case(config: DecodeBench, device: torch.device):
     """(model, tokenizer, ids of the sentences)."""
     if config.model is None:
-        settings = TrainConfig(**run.PRESETS[config.size])
-        sizes = {name: getattr(settings, name) for name in run.MODEL_SIZES}
+        sizes = run.sizes_of(TrainConfig(**run.PRESETS[config.size]))
         vocabulary = {"demo": 800, "tutorial": 32_100}[config.size]
         torch.manual_seed(0)
         model = TransformerSeq2SeqModel(vocab_size=vocabulary, **sizes).to(device)

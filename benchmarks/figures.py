@@ -31,7 +31,9 @@ def draw_bench(report: dict, path: Path) -> None:
     sizes = sorted(report["sizes"], key=lambda size: report["sizes"][size]["flops"])
     # The itemised size is the one with the most rows.
     middle = max(sizes, key=lambda size: sum(row["size"] == size for row in report["rows"]))
-    rows = [row for row in report["rows"] if row["arm"] not in (row["beside"], "compiled")]
+    rows = [
+        row for row in report["rows"] if row["arm"] not in (row["beside"], "compiled", "phases")
+    ]
     items = [row for row in rows if row["size"] == middle]
     items.sort(key=lambda row: list(ARMS).index(row["arm"]), reverse=True)
     raw = {row["size"]: row["ms"] for row in report["rows"] if row["arm"] == "raw"}
@@ -39,7 +41,7 @@ def draw_bench(report: dict, path: Path) -> None:
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     colours = {"raw": "tab:blue", "off": "tab:orange", "autolog": "tab:green"}
     for place, row in enumerate(items):
-        value, low, high = row["more_ms"]["loop"]
+        value, low, high = row["more_loop_ms"]
         label = f"beside: {ARMS[row['beside']].label}"
         if label in left.get_legend_handles_labels()[1]:
             label = None
@@ -56,7 +58,7 @@ def draw_bench(report: dict, path: Path) -> None:
     for name in GROUPS[0][1:]:
         points = [r for size in sizes for r in rows if (r["arm"], r["size"]) == (name, size)]
         if points:
-            values, lows, highs = zip(*(row["more_ms"]["loop"] for row in points))
+            values, lows, highs = zip(*(row["more_loop_ms"] for row in points))
             errors = [np.subtract(values, lows), np.subtract(highs, values)]
             times = [raw[row["size"]] for row in points]
             right.errorbar(times, values, errors, marker="o", capsize=3, label=ARMS[name].label)

@@ -36,9 +36,7 @@ from seq2seq import (
 )
 
 TUTORIAL_LENGTH = 50  # tokens to which the tutorial pads and cuts every sentence
-WIDE = {"d_model": 256, "nhead": 8, "dim_feedforward": 1024}
-WIDEST = run.PAPER_BASE | {"d_model": 1024, "nhead": 16, "dim_feedforward": 4096}
-SIZES = {"demo": {}, "wide": WIDE, "tutorial": run.PAPER_BASE, "widest": WIDEST}
+SIZES = {"demo": {}, "wide": run.WIDE, "tutorial": run.PAPER_BASE, "widest": run.WIDEST}
 
 
 @dataclass(frozen=True)
@@ -322,7 +320,7 @@ def growth_cases(config: TrainBench, dataset, model: Seq2SeqConfig, budget: int,
 
 
 def model_config(size: str, vocab_size: int) -> Seq2SeqConfig:
-    sizes = {name: getattr(TrainConfig(**SIZES[size]), name) for name in run.MODEL_SIZES}
+    sizes = run.sizes_of(TrainConfig(**SIZES[size]))
     return Seq2SeqConfig(vocab_size=vocab_size, **(sizes | {"max_length": 1024}))
 
 
