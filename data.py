@@ -620,8 +620,8 @@ class BucketBatchSampler(Sampler[list[int]]):
     length in each, so that neither side holds many pads; cut into batches, as many in every epoch;
     and the batches shuffled. `shuffle=False`: always the same batches in the same order.
 
-    Of `world` processes, each takes every world-th batch, from its `rank` on. All take equally many:
-    where the batches run out, an empty one. With `batch_tokens` those taken together are alike, so
+    Of `world` processes, each takes every world-th batch, from its `rank` on. All take equally
+    many: where the batches run out, an empty one. With `batch_tokens` those taken together are alike, so
     that none waits for another.
     """
 
@@ -687,7 +687,7 @@ class BucketBatchSampler(Sampler[list[int]]):
         return batches
 
     def rows(self, index: int) -> np.ndarray:
-        """Row numbers of this process's batch number `index`; none where the batches have run out."""
+        """Row numbers of this process's batch number `index`; none where there is no batch left."""
         number = index * self.world + self.rank
         return self.batches[number] if number < len(self.batches) else np.array([], int)
 
@@ -828,8 +828,8 @@ class PaddedPairs(TensorDataset):
 #
 # An invented phrasebook, by a grammar that builds an English sentence and its Romanian translation
 # side by side. It is no benchmark, but takes more than replacing words: adjectives after the noun,
-# agreement, the suffixed article and prepositions that drop it, verb persons, clitics (also doubling
-# a human object: "Îl văd pe profesor"), the dative of "a plăcea", numerals.
+# agreement, the suffixed article and prepositions that drop it, verb persons, clitics (also
+# doubling a human object: "Îl văd pe profesor"), the dative of "a plăcea", numerals.
 
 
 def _table(text: str) -> list[list[str]]:
@@ -1015,7 +1015,7 @@ def _english(subject: dict, verb, tense: str, no: str, question: bool, rest: str
 
 
 def phrasebook(count: int = 50_000, seed: int = 0) -> Iterator[tuple[str, str]]:
-    """`count` distinct (English, Romanian) pairs; the same for the same seed, English never twice."""
+    """`count` (English, Romanian) pairs; the same for the same seed, English never twice."""
     rng, seen = random.Random(seed), set()
     while len(seen) < count:
         make = rng.choice((_action, _action, _state, _liking))

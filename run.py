@@ -13,9 +13,9 @@
     python run.py export --model DIR --to ctranslate2 OUT   for a fast engine
     python run.py bench                               what Lightning and Modlee cost per step
 
-In reading order: settings, data, what both loops share, the state of a run, the raw loop, the
-Lightning adapter, Modlee, checkpoints and model folders, curves and MLflow, translating, export,
-bench, commands.
+In reading order: settings, data, devices, what both loops share, the state of a run, the raw loop,
+the Lightning adapter, Modlee, checkpoints and model folders, curves and MLflow, translating,
+export, bench, commands.
 """
 
 import os
@@ -77,7 +77,7 @@ class TrainConfig:
 
     preset: Literal["demo", "tutorial", "small", "base"] = "demo"  # flags given by hand win
 
-    # "phrasebook" (built in), files (.tsv .csv .jsonl .json .parquet), two aligned texts, a hub name
+    # "phrasebook", files (.tsv .csv .jsonl .json .parquet), two line-aligned texts, or a hub name
     dataset: tuple[str, ...] = ("phrasebook",)
     subset: str | None = None  # of a hub data set, such as ro-en
     split: str = "train"  # of a hub data set, such as train[:80%]
@@ -446,12 +446,7 @@ def build_loaders(config: TrainConfig, prepared: Prepared, device: torch.device)
     ]
 
 
-# ---- what both loops share -----------------------------------------------------------------------
-# One function each for loss, optimizer, schedule, clipping, randomness: a loop is only a loop.
-
-
-class Failed(Exception):
-    """Training cannot go on. The message is one line and says what to do next."""
+# ---- devices -------------------------------------------------------------------------------------
 
 
 def choose_device(name: str) -> torch.device:
@@ -488,6 +483,49 @@ def choose_precision(name: str, device: torch.device) -> str:
         return "fp32"
     # `is_bf16_supported` is true of older cards too, which emulate it.
     return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+
+
+def use_tensor_cores(device: torch.device) -> None:
+    """Let products in float32 go through TF32, where CUDA has it, while training: ten bits of the
+    factors instead of 23, sums still in float32."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+
+
+def join_processes(device: torch.device) -> int:
+    """Join the processes that torchrun has started, if it has. Returns the rank."""
+    if "WORLD_SIZE" not in os.environ:
+        return 0
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    atexit.register(lambda: distributed.is_initialized() and distributed.destroy_process_group())
+    if distributed.get_rank() > 0:  # the first speaks for all
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return distributed.get_rank()
+
+
+def compile_model(model: nn.Module) -> bool:
+    """Compile in place; where that cannot be done, say so and go on. Returns whether it was."""
+    device = next(model.parameters()).device
+    try:
+        # Older ones compile anew for every batch: shapes in `Unpadded` are constants to them.
+        if torch.__version__ < (2, 5):
+            raise RuntimeError("torch 2.5 or newer would be needed")
+        torch.compile(torch.sin)(torch.ones(2, device=device))
+    except RuntimeError as error:  # all of torch's complaints about a missing compiler
+        data.note(f"--compile is left out: {data.one_line(error)}")
+        return False
+    # By layer: those of a kind share one graph, and what depends on the pads stays outside.
+    for layer in (*model.encoder_layers, *model.decoder_layers):
+        layer.compile(dynamic=True)
+    return True
+
+
+# ---- what both loops share -----------------------------------------------------------------------
+# One function each for loss, optimizer, schedule, clipping, randomness: a loop is only a loop.
+
+
+class Failed(Exception):
+    """Training cannot go on. The message is one line and says what to do next."""
 
 
 def autocast(device: torch.device, precision: str):
@@ -598,23 +636,6 @@ def prefetch(loader, device: torch.device) -> Iterator[list[Tensor]]:
         yield ready
 
 
-def compile_model(model: nn.Module) -> bool:
-    """Compile in place; where that cannot be done, say so and go on. Returns whether it was."""
-    device = next(model.parameters()).device
-    try:
-        # Older ones compile anew for every batch: shapes inside of `Unpadded` are constants to them.
-        if torch.__version__ < (2, 5):
-            raise RuntimeError("torch 2.5 or newer would be needed")
-        torch.compile(torch.sin)(torch.ones(2, device=device))
-    except RuntimeError as error:  # all of torch's complaints about a missing compiler
-        data.note(f"--compile is left out: {data.one_line(error)}")
-        return False
-    # By layer: those of a kind share one graph, and what depends on the pads stays outside.
-    for layer in (*model.encoder_layers, *model.decoder_layers):
-        layer.compile(dynamic=True)
-    return True
-
-
 # ---- the state of a run --------------------------------------------------------------------------
 
 
@@ -669,8 +690,8 @@ class State:
         self.started = self.saved - self.seconds
 
     def end_batch(self, loss_sum: Tensor) -> bool:
-        """A batch was done; `loss_sum` [] may still be on its way. Returns whether an optimizer step
-        ends with it."""
+        """A batch was done; `loss_sum` [] may still be on its way. Returns whether an optimizer
+        step ends with it."""
         tokens = self.sampler.target_tokens(self.batch)
         self.pending.append((loss_sum.detach(), tokens, self.step + 1))
         self.batch += 1
@@ -788,8 +809,8 @@ def stopping_on_signals(state: State) -> Iterator[None]:
 def train_raw(
     model: nn.Module, train_loader, validation_loader, config: TrainConfig, state: State
 ) -> None:
-    """Plain PyTorch: autocast, loss scaling, accumulation, clipping, schedule, validation, resuming,
-    and a process per device under torchrun.
+    """Plain PyTorch: autocast, loss scaling, accumulation, clipping, schedule, validation,
+    resuming, and a process per device under torchrun.
 
     model(input_ids, labels=labels, label_smoothing=share) returns (summed loss, number of tokens).
     """
@@ -984,8 +1005,8 @@ def import_lightning():
 
 
 # ---- Modlee --------------------------------------------------------------------------------------
-# Modlee 0.0.5 describes a run (code, graph, metafeatures) at the start of a fit. This keeps that and
-# takes back its side effects, each named where it is dealt with.
+# Modlee 0.0.5 describes a run (code, graph, metafeatures) at the start of a fit. This keeps that
+# and takes back its side effects, each named where it is dealt with.
 
 
 def import_modlee():
@@ -2049,8 +2070,8 @@ def export(config: ExportConfig) -> int:
 
 
 # ---- bench: what Lightning and Modlee cost per step ----------------------------------------------
-# Every arm is a process of its own and trains the same model on the same batches. Arms take turns of
-# `WINDOW` steps, each order and then its reverse, and are compared turn by turn.
+# Every arm is a process of its own and trains the same model on the same batches. Arms take turns
+# of `WINDOW` steps, each order and then its reverse, and are compared turn by turn.
 
 WINDOW = LOG_EVERY  # steps in a turn: all that is periodic comes round once
 
@@ -2085,8 +2106,8 @@ ARMS = {
     "modlee-data": Arm("+ Modlee: data", OFF, ("Data", "Transforms")),
     "modlee-model": Arm("+ Modlee: model", OFF, ("ModelMeta", "Code")),
 }
-# Arms that take turns together, each compared to the first of its group. The first group is all that
-# --quick and the other sizes have.
+# Arms that take turns together, each compared to the first of its group. The first group is all
+# that --quick and the other sizes have.
 GROUPS = (
     ("raw", "barebones", "defaults", "adapter", "modlee"),
     ("raw", "compiled"),
@@ -2159,8 +2180,8 @@ class TurnTimer:
         self.started = self.clock()
 
     def measure(self) -> dict[str, object]:
-        """Seconds of the turn: `whole`, `loop` (outside of all phases), `enqueue` (until the host was
-        free) and `device`; peak memory; the losses."""
+        """Seconds of the turn: `whole`, `loop` (outside of all phases), `enqueue` (until the host
+        was free) and `device`; peak memory; the losses."""
         found = {"enqueue": self.clock() - self.started}
         for event in self.events[1:]:
             event.record()
@@ -2544,24 +2565,6 @@ def check_report(*names: str | None) -> None:
         replaces = path.exists() and path.stat().st_size > 0
         if replaces and (path.suffix != ".json" or '"versions"' not in path.read_text("utf-8")):
             raise InputError(f"{path} exists already and is no report; give another name")
-
-
-def use_tensor_cores(device: torch.device) -> None:
-    """Let products in float32 go through TF32, where CUDA has it, while training: ten bits of the
-    factors instead of 23, sums still in float32."""
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-
-
-def join_processes(device: torch.device) -> int:
-    """Join the processes that torchrun has started, if it has. Returns the rank."""
-    if "WORLD_SIZE" not in os.environ:
-        return 0
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    atexit.register(lambda: distributed.is_initialized() and distributed.destroy_process_group())
-    if distributed.get_rank() > 0:  # the first speaks for all
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return distributed.get_rank()
 
 
 def name_output(config: TrainConfig) -> TrainConfig:

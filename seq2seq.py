@@ -487,7 +487,7 @@ class _ProjectedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, labels, config, smoothing: float, needs_grad: bool) -> Tensor:
-        """hidden [N, D], zero for pads, weight [V or more, D], labels [N] -> summed loss [] float32.
+        """hidden [N, D], zero for pads; weight [V or more, D]; labels [N] -> loss [], float32.
         needs_grad: torch.is_grad_enabled() of the caller; in here it is always False."""
         vocab_size, labels = config.vocab_size, labels[:, None]
         # The dtype in which autocast would multiply. Not float16: these gradients come before the
@@ -559,7 +559,7 @@ class KeyValueCache:
         self._past = [keys.new_empty(shape) for keys in self.memory]
 
     def append(self, layer: int, newest: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep key and value of the newest token, [2, R, H, 1, Dh]; all so far, 2 x [R, H, T, Dh]."""
+        """Append key and value of the newest token, [2, R, H, 1, Dh] -> all, 2 x [R, H, T, Dh]."""
         past, end = self._past[layer], self.length + 1
         if end > past.size(3):
             past = self._past[layer] = torch.cat([past, torch.empty_like(past)], dim=3)
@@ -786,8 +786,8 @@ def beam_search(
     """The best translations found by keeping `beam_size` hypotheses at every step.
 
     A hypothesis that ends is put on a list of the `beam_size` best. A sentence is finished, and
-    leaves the batch, when no running hypothesis would get onto it if it ended now. Agrees with `generate` of
-    transformers (early_stopping=False). `beam_size` 1 is greedy decoding.
+    leaves the batch, when no running hypothesis would get onto it if it ended now. Agrees with
+    `generate` of transformers (early_stopping=False). `beam_size` 1 is greedy decoding.
 
     Args:
         input_ids, max_new_tokens: as in `greedy_decode`; what runs at the limit ends there.
@@ -795,7 +795,8 @@ def beam_search(
             which prefers short translations; 1: the mean.
         num_return: hypotheses per sentence, at most `beam_size`.
 
-    Returns: for every sentence its hypotheses, best first. Raises ValueError for values out of range.
+    Returns: for every sentence its hypotheses, best first. Raises ValueError for values out of
+    range.
     """
     if beam_size < 1 or not 1 <= num_return <= beam_size:
         raise ValueError(f"need 1 <= num_return <= beam_size, got {num_return} and {beam_size}")

@@ -1,10 +1,11 @@
-"""Training speed: this program beside nn.Transformer, transformers, x-transformers and the tutorial.
+"""Training speed beside nn.Transformer, transformers, x-transformers and the tutorial.
 
     python -m benchmarks.train --dataset pairs.tsv --json benchmarks/train.json
     python -m benchmarks.train --growth --json benchmarks/growth.json
 
-Same start, optimizer and machine. Every trainee is a process of its own; they take turns. Batches of
-their own hold pairs in random order, padded to the longest (the tutorial's: cut or padded to 50).
+Same start, optimizer and machine. Every trainee is a process of its own; they take turns. Batches
+of their own hold pairs in random order, padded to the longest (the tutorial's: cut or padded to
+50).
 x-transformers takes part where it is installed.
 """
 
@@ -68,7 +69,7 @@ def sinusoids(x: Tensor) -> Tensor:
 
 
 class TorchTransformer(nn.Module):
-    """`nn.Transformer` with what it needs to translate: embeddings, positions, masks, tied output."""
+    """`nn.Transformer` with what it lacks to translate: embeddings, positions, masks, output."""
 
     def __init__(self, config: Seq2SeqConfig):
         super().__init__()
@@ -103,8 +104,8 @@ class TorchTransformer(nn.Module):
 
 
 class TutorialTransformer(nn.Module):
-    """The tutorial's model as it was written, but that its batches come first: no masks, a loss over
-    pads, the decoder fed with what it is to write."""
+    """The tutorial's model as it was written, but that its batches come first: no masks, a loss
+    over pads, the decoder fed with what it is to write."""
 
     def __init__(self, config: Seq2SeqConfig):
         super().__init__()
@@ -187,8 +188,8 @@ class Ours(TransformerSeq2SeqModel):
 
 @dataclass(frozen=True)
 class Trainee:
-    """A model and what its batches are: "buckets" (ours), "longest" (shuffled pairs, as many, padded
-    to the longest) or "fixed" (the tutorial's, to 50 tokens)."""
+    """A model and what its batches are: "buckets" (ours), "longest" (shuffled pairs, as many,
+    padded to the longest) or "fixed" (the tutorial's, to 50 tokens)."""
 
     label: str
     build: type
