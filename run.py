@@ -15,29 +15,27 @@
 
 In reading order: settings, data, devices, what both loops share, the state of a run, the raw loop,
 the Lightning adapter, Modlee, checkpoints and model folders, curves and MLflow, translating,
-export, bench, commands.
+export, commands. `bench` is benchmarks/lightning.py.
 """
 
 import os
 import signal
 
-if __name__ == "__main__":  # until all is loaded Ctrl-C must not raise: imports would print a page
+if (
+    __name__ == "__main__"
+):  # until all is loaded Ctrl-C must not raise: imports would print a traceback
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
 import atexit
 import contextlib
 import copy
-import ctypes
 import dataclasses
-import gc
 import hashlib
 import io
 import json
 import logging
 import math
-import multiprocessing
-import platform
 import random
 import re
 import shlex
@@ -45,7 +43,6 @@ import shutil
 import ssl
 import sys
 import tempfile
-import threading
 import time
 import warnings
 import zipfile
@@ -196,29 +193,20 @@ class ExportConfig:
     quantization: Literal["int8", "int8_float16", "int16", "float16", "bfloat16"] | None = None
 
 
-@dataclass(frozen=True)
-class BenchConfig:
-    """What Lightning and Modlee cost per training step, beside the raw loop."""
-
-    quick: bool = False  # one group of arms, one size, a few turns
-    turns: int | None = None  # of 20 timed steps for every arm; None: 12, with --quick 4
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to train
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # arithmetic
-    json: str | None = None  # file for the figures
-    profile: str | None = None  # only write torch's trace of ten steps of the raw loop to this file
-
-
 CONFIGS = {"train": TrainConfig, "translate": TranslateConfig, "evaluate": EvaluateConfig}
-CONFIGS |= {"export": ExportConfig, "bench": BenchConfig}
+CONFIGS |= {"export": ExportConfig}
 MODEL_SIZES = ("d_model", "nhead", "num_encoder_layers", "num_decoder_layers", "dim_feedforward")
 MODEL_SIZES += ("positional", "norm_first", "max_length")
+HELP = {"--help", "-h"}
 
 
 def parse_command_line(arguments: list[str]):
     """(command, its settings). Flags win over the preset, or the run to resume, or the model to
     start from; these over the defaults."""
-    if arguments[:1] and arguments[0] in CONFIGS and arguments[0] != "train":
+    command = "train"
+    if arguments[:1] and arguments[0] in CONFIGS:
         command, *arguments = arguments
+    if command != "train":
         prog = f"python run.py {command}"
         return command, tyro.cli(CONFIGS[command], args=arguments, prog=prog)
     early = argparse.ArgumentParser("python run.py", add_help=False, allow_abbrev=False)
@@ -228,11 +216,13 @@ def parse_command_line(arguments: list[str]):
     settings, fixed = PRESETS.get(given.preset, {}), {}
     if not HELP & set(arguments):
         if given.resume is not None:
-            require(given.preset is None, "--resume brings its own settings: leave --preset out")
+            alone = given.preset is None and given.init is None
+            require(alone, "--resume brings its own settings: leave --preset and --init out")
             settings = read_settings(given.resume)
         elif given.init is not None:
-            fixed = settings_of_model(given.init)
-    defaults = TrainConfig(**settings | fixed)
+            languages, fixed = settings_of_model(given.init)
+            settings = settings | languages | fixed
+    defaults = TrainConfig(**settings)
     config = tyro.cli(TrainConfig, args=arguments, prog="python run.py", default=defaults)
     for name, value in fixed.items():
         flag = f"--{name.replace('_', '-')} {getattr(config, name)}"
@@ -241,12 +231,12 @@ def parse_command_line(arguments: list[str]):
     return "train", config
 
 
-HELP = {"--help", "-h"}
 if __name__ == "__main__" and HELP & set(sys.argv):
     parse_command_line(sys.argv[1:])  # answers and exits, before torch takes seconds to load
 # CTranslate2 shares torch's OpenMP, which reads this when it is loaded: its threads must not fall
 # asleep between two operations of the engine.
-if __name__ == "__main__" and any(Path(word, "model.bin").is_file() for word in sys.argv[1:]):
+FOLDERS = (word.removeprefix("--model=") for word in sys.argv[1:])
+if __name__ == "__main__" and any(os.path.isfile(f"{name}/model.bin") for name in FOLDERS):
     os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE")
 # Memory in large pages, for which torch asks Linux if told so before it starts: steps on a CPU take
 # a few per cent less.
@@ -255,6 +245,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 # folder of files that Modlee writes to.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+TRACKING_URI = os.environ.get("MLFLOW_TRACKING_URI")  # of the user; MLflow sets the variable too
 
 import numpy as np
 import torch
@@ -269,7 +260,6 @@ from seq2seq import (
     Seq2SeqConfig,
     TransformerSeq2SeqModel,
     beam_search,
-    count_flops,
     greedy_decode,
 )
 
@@ -284,23 +274,24 @@ def require(holds: bool, message: str) -> None:
         raise InputError(message)
 
 
-# Name -> lowest and highest value of a flag, for every command.
 COUNTS = ("max_epochs", "batch_size", "batch_tokens", "accumulate", "num_samples", "num_return")
-RANGES = dict.fromkeys((*COUNTS, "turns"), (1, 2**31)) | {
-    "beam": (1, 1000),
-    "max_length": (1, 65_536),
-}
-SIZES = ("learning_rate", "clip_norm", "checkpoint_every", "seed", "validation_size", "test_size")
-RANGES |= dict.fromkeys(SIZES, (0, 2**31)) | {"length_penalty": (-10, 10)}
-RANGES |= dict.fromkeys(("warmup", "cooldown", "label_smoothing"), (0, 0.99))
+AMOUNTS = ("learning_rate", "clip_norm", "checkpoint_every", "validation_size", "test_size", "seed")
+RANGES = (  # flags of whichever command, lowest and highest value
+    ((*COUNTS, "turns"), 1, 2**31),
+    (AMOUNTS, 0, 2**31),
+    (("warmup", "cooldown", "label_smoothing"), 0, 0.99),
+    (("max_length",), 1, 65_536),
+    (("beam",), 1, 1000),
+    (("length_penalty",), -10, 10),
+)
 
 
 def check_ranges(config) -> None:
-    for name, (low, high) in RANGES.items():
-        value = getattr(config, name, None)
-        holds = value is None or low <= value <= high  # NaN does not
-        flag = f"--{name.replace('_', '-')}"
-        require(holds, f"{flag} must be at least {low} and at most {high}, not {value}")
+    for names, low, high in RANGES:
+        for name in names:
+            value, flag = getattr(config, name, None), f"--{name.replace('_', '-')}"
+            holds = value is None or low <= value <= high  # NaN does not
+            require(holds, f"{flag} must be at least {low} and at most {high}, not {value}")
 
 
 def check_training(config: TrainConfig) -> None:
@@ -492,15 +483,19 @@ def use_tensor_cores(device: torch.device) -> None:
         torch.set_float32_matmul_precision("high")
 
 
-def join_processes(device: torch.device) -> int:
-    """Join the processes that torchrun has started, if it has. Returns the rank."""
-    if "WORLD_SIZE" not in os.environ:
-        return 0
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    atexit.register(lambda: distributed.is_initialized() and distributed.destroy_process_group())
-    if distributed.get_rank() > 0:  # the first speaks for all
+def is_first_process() -> bool:
+    """Whether it is the only one, or of those that torchrun has started the one that speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def join_processes(device: torch.device) -> None:
+    """Join the processes that torchrun has started, if it has."""
+    if "WORLD_SIZE" in os.environ:
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        leave = distributed.destroy_process_group
+        atexit.register(lambda: distributed.is_initialized() and leave())
+    if not is_first_process():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return distributed.get_rank()
 
 
 def compile_model(model: nn.Module) -> bool:
@@ -568,7 +563,7 @@ def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
     `cooldown` share (Hägele et al. 2024). step: from 0."""
     rising = (step + 1) / max(1.0, config.warmup * total_steps)
     falling = (total_steps - step) / max(1.0, config.cooldown * total_steps)
-    return config.learning_rate * min(1.0, rising, falling)
+    return config.learning_rate * max(0.0, min(1.0, rising, falling))
 
 
 def start_step(optimizer: torch.optim.Optimizer, config: TrainConfig, state: "State") -> None:
@@ -611,7 +606,7 @@ def sum_over_processes(*values: float) -> list[float]:
 
 def progress_bar(iterable=None, **settings) -> tqdm:
     """On stderr, of the first process; where that is no terminal, a line every half minute."""
-    settings = {"disable": os.environ.get("RANK", "0") != "0"} | settings
+    settings = {"disable": not is_first_process()} | settings
     return tqdm(iterable, mininterval=0.1 if sys.stderr.isatty() else 30, **settings)
 
 
@@ -643,7 +638,7 @@ class State:
     """Where a run stands and what it has seen. Both loops report to it; a checkpoint holds it.
 
     Losses stay on the device until `LOG_EVERY` steps are done, so that no step waits for them. A
-    loss that is no number then raises Failed, unless it is of fp16, whose scaler skips such steps.
+    loss that is not finite then raises Failed, unless it is of fp16, whose scaler skips such steps.
 
     Attributes:
         step: optimizer steps done. epoch, batch: what is read next, from 0.
@@ -651,18 +646,19 @@ class State:
         history: name -> points (step, value): losses "train" and "validation" in nats per token,
             "learning_rate", "bleu".
         best, best_step, best_weights: the lowest validation loss, and what had it, on the CPU.
-        seconds: spent in steps and validation.
+        seconds: spent in steps, checkpoints and validation.
         stop: whether to end after this step, because of a signal.
     """
 
     SAVED = ("step", "epoch", "batch", "history", "best", "best_step", "best_weights", "seconds")
-    SAVED += ("sums", "epoch_sums", "epoch_loss")
+    SAVED += ("sums", "epoch_sums", "epoch_loss", "layout")
 
     def __init__(self, config: TrainConfig, train_loader, save=None, after_epoch=None):
         """save: writes a checkpoint (dict) and returns where; after_epoch(state, model)."""
         self.config, self.write, self.after_epoch = config, save, after_epoch
         self.sampler, self.batches = train_loader.batch_sampler, len(train_loader)
         self.total_steps = config.max_epochs * math.ceil(self.batches / config.accumulate)
+        self.layout = (self.batches, config.accumulate, self.sampler.world)
         self.step = self.epoch = self.batch = 0
         self.history = {"train": [], "validation": [], "learning_rate": [], "bleu": []}
         self.best, self.best_step, self.best_weights = math.inf, 0, None
@@ -670,12 +666,14 @@ class State:
         self.sums = [0.0, 0]  # loss and tokens since the last point, of this process
         self.epoch_sums, self.epoch_loss = [0.0, 0], math.nan  # of all processes
         self.seconds, self.checkpoint, self.parts, self.loaded = 0.0, None, {}, {}
-        self.signal, self.stop, self.handler, self.started = 0, False, None, 0.0
+        self.signal, self.stop, self.handler = 0, False, None
+        self.started = self.saved = 0.0
+        self.loss = math.nan  # training loss of the newest point
         self.mlflow_run, self.sent, self.given_up = None, Counter(), set()  # of `log_epoch`
 
     def load(self, checkpoint: dict) -> None:
         """Go on from a checkpoint; what belongs to others waits for `begin`."""
-        vars(self).update(checkpoint["state"])
+        vars(self).update(checkpoint["state"] | {"layout": self.layout})
         self.loaded, self.sampler.start = checkpoint, (self.epoch, self.batch)
 
     def begin(self, **parts) -> None:
@@ -683,7 +681,8 @@ class State:
         checkpoint, and is put back from a loaded one."""
         self.parts = parts
         for name in parts.keys() & self.loaded.keys():
-            parts[name].load_state_dict(self.loaded.pop(name))
+            if saved := self.loaded.pop(name):  # of a scaler that was not enabled: nothing
+                parts[name].load_state_dict(saved)
         if self.handler:  # once more: Lightning has put one before it that ends at once
             signal.signal(signal.SIGTERM, self.handler)
         self.saved = time.perf_counter()
@@ -714,7 +713,8 @@ class State:
         self.stop, self.sums = stop > 0, [0.0, 0]
         if tokens:
             self.epoch_sums = [self.epoch_sums[0] + loss, self.epoch_sums[1] + tokens]
-            self.history["train"].append((self.step, loss / tokens))
+            self.loss = loss / tokens
+            self.history["train"].append((self.step, self.loss))
             rate = learning_rate(self.config, self.step - 1, self.total_steps)
             self.history["learning_rate"].append((self.step, rate))
         return late > 0
@@ -750,12 +750,12 @@ class State:
             self.save()
 
     def save(self) -> None:
-        """Write a checkpoint. Raises Failed rather than write weights that are no numbers."""
+        """Write a checkpoint. Raises Failed rather than write weights that are not finite."""
         self.saved = time.perf_counter()
         self.settle()
         for name, weight in self.parts["model"].state_dict().items():
             if not weight.isfinite().all():
-                raise diverged(self, f"{name} after step {self.step} is no number")
+                raise diverged(self, f"{name} after step {self.step} is not finite")
         if self.write:
             checkpoint = {name: part.state_dict() for name, part in self.parts.items()}
             state = {name: getattr(self, name) for name in self.SAVED}
@@ -789,7 +789,7 @@ def stopping_on_signals(state: State) -> Iterator[None]:
         if not state.started:
             raise_interrupted(number, frame)
         if not state.signal:
-            print("\nstopping after this step ...", file=sys.stderr)
+            os.write(2, b"\nstopping after this step ...\n")  # print may be amid a print
         state.signal = number
 
     previous = [signal.signal(number, handle) for number in STOP_SIGNALS]
@@ -849,8 +849,8 @@ def train_raw(
                 scaler.update()
                 state.end_step()
                 if state.step % LOG_EVERY == 0:
-                    loss = f"{state.history['train'][-1][1]:.3f}"
-                    bar.set_postfix(train_loss=loss, left=time_left(state), refresh=False)
+                    shown = {"train_loss": f"{state.loss:.3f}", "left": time_left(state)}
+                    bar.set_postfix(shown, refresh=False)
                 if state.stop and state.batch < state.batches:
                     return
             bar.update()
@@ -925,7 +925,7 @@ def adapter_class(base: type) -> type:
             if self.ends_step:
                 state.end_step()
                 if state.step % LOG_EVERY == 0:
-                    self.log("train_loss", state.history["train"][-1][1], prog_bar=True)
+                    self.log("train_loss", state.loss, prog_bar=True)
                 if state.stop and state.batch < state.batches:
                     self.trainer.should_stop = True
                     self.trainer.limit_val_batches = 0  # it would validate before it stops
@@ -990,7 +990,7 @@ def continue_from(state: State, loop) -> None:
     optimizer["step"]["total"].update(ready=state.step, completed=state.step)
     progress["epoch_loop.state_dict"]["_batches_that_stepped"] = state.step
     loop.load_state_dict(progress)
-    # Restarting means in the middle of an epoch; at its begin it would validate first.
+    # Restarting means in the middle of an epoch; at its start it would validate first.
     loop.restarting = state.batch > 0
 
 
@@ -1246,7 +1246,7 @@ def modlee_tokenizer(own):
                 tokenizer = GPT2Tokenizer.from_pretrained("gpt2", local_files_only=only_cached)
                 tokenizer.pad_token = tokenizer.eos_token
                 return tokenizer
-    data.note("GPT-2's tokenizer is not at hand: data metafeatures are of the run's own")
+    data.note("GPT-2's tokenizer cannot be loaded: data metafeatures are of the run's own")
     return own
 
 
@@ -1259,11 +1259,11 @@ def modlee_tokenizer(own):
 @contextlib.contextmanager
 def naming_failures(path: Path) -> Iterator[None]:
     """Make every failure in writing, of whichever library, an OSError that names the path."""
+    from safetensors import SafetensorError
+
     try:
         yield
-    except InputError:
-        raise
-    except Exception as error:  # noqa: BLE001 - each library has its own
+    except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: of torch's writer
         raise OSError(f"cannot write {path}: {data.one_line(error)}") from None
 
 
@@ -1277,7 +1277,7 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-            if os.name == "posix":  # the new name must outlast a loss of power as well
+            with contextlib.suppress(OSError):  # the new name must outlast a loss of power as well
                 entry = os.open(path.parent, os.O_RDONLY)
                 os.fsync(entry)
                 os.close(entry)
@@ -1328,6 +1328,9 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
             temporary.chmod(0o755)
             if is_model_folder(folder):
                 os.replace(folder, before)
+                for path in before.iterdir():  # what others have put there stays
+                    if not (temporary / path.name).exists():
+                        os.replace(path, temporary / path.name)
             os.replace(temporary, folder)
         finally:
             if before.exists():
@@ -1347,7 +1350,7 @@ def checkpoint_folder(config: TrainConfig) -> Path:
 def write_checkpoint(folder: Path, about: dict, checkpoint: dict) -> Path | None:
     """Write a checkpoint, whole or not at all, and keep the one before. about: settings of the run
     and a digest of its data. Only the first process writes. Raises Failed."""
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first_process():
         return None
     path = folder / f"step-{checkpoint['state']['step']:09}.pt"
     for left_over in folder.glob(".[0-9]*"):  # of a process that was killed in a write
@@ -1381,7 +1384,7 @@ def read_checkpoint(folder: Path) -> dict:
 
 def read_settings(resume: str) -> dict:
     """The settings of the run to resume, which flags change."""
-    folder = checkpoint_folder(TrainConfig(resume=resume))
+    folder = checkpoint_folder(TrainConfig(resume=resume)).absolute()
     settings = read_checkpoint(folder).get("settings", {})
     known = {field.name for field in dataclasses.fields(TrainConfig)}
     require(settings.keys() == known, f"{resume} is of another version of this program")
@@ -1434,15 +1437,19 @@ def save_model(
     write_folder(folder, fill)
 
 
-def settings_of_model(folder: str) -> dict:
-    """What a run that starts from a model folder takes over from it, by the names of the flags."""
+def settings_of_model(folder: str) -> tuple[dict, dict]:
+    """What a run that starts from a model folder takes over, by the names of the flags: what can be
+    changed, and what cannot."""
     path = Path(folder).expanduser()
     try:
         content = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        settings = {name: content["model"][name] for name in MODEL_SIZES}
+        fixed = {name: content["model"][name] for name in MODEL_SIZES} | {"tokenizer": folder}
+        languages = {name: content[name] for name in ("source_lang", "target_lang")}
+        tied = content["model"]["tie_embeddings"]
     except (OSError, ValueError, LookupError, TypeError):
         raise InputError(f"--init: {folder} is no model folder of this program") from None
-    return settings | {"tokenizer": folder}
+    require(tied, f"--init: {folder} has untied embeddings, which no run here trains")
+    return languages, fixed
 
 
 def load_model(folder: str, device: torch.device):
@@ -1454,30 +1461,29 @@ def load_model(folder: str, device: torch.device):
     from safetensors.torch import load_file
 
     path = Path(folder).expanduser()
-    engine = (path / "model.bin").is_file()
+    is_engine = (path / "model.bin").is_file()
     try:
-        file = path / (ENGINE_FILE if engine else "config.json")
+        file = path / (ENGINE_FILE if is_engine else "config.json")
         content = json.loads(file.read_text(encoding="utf-8"))
-        languages = content["source_lang"], content["target_lang"]
-        if engine:
-            config = Seq2SeqConfig(**content["model"])
-            tokenizer = data.load_tokenizer(str(path))
-            return Engine(path, config, tokenizer, device.type), tokenizer, languages
+        languages, config = (content["source_lang"], content["target_lang"]), content["model"]
         with torch.device("meta"):
-            model = TransformerSeq2SeqModel(**content["model"])
-        weights = load_file(path / "model.safetensors", device=str(device))
-        weights.pop("positions.table", None)  # in folders of before it was computed
-        if model.config.tie_embeddings:  # stored once
-            weights["output.weight"] = weights["embedding.weight"]
-        model.load_state_dict(weights, assign=True)
-        model.tie_embeddings()
+            model = TransformerSeq2SeqModel(**config)
+        if not is_engine:
+            weights = load_file(path / "model.safetensors", device=str(device))
+            weights.pop("positions.table", None)  # older folders store it
+            if model.config.tie_embeddings:  # stored once
+                weights["output.weight"] = weights["embedding.weight"]
+            model.load_state_dict(weights, assign=True)
+            model.tie_embeddings()
     except FileNotFoundError as error:
         missing = Path(error.filename or path / "model.safetensors").name
         raise InputError(f"{folder} is no model folder: {missing} is missing") from None
     except (OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError) as error:
         reason = data.one_line(error)
         raise InputError(f"{folder} is no model folder of this program: {reason}") from None
-    return model.eval(), data.load_tokenizer(str(path)), languages
+    tokenizer = data.load_tokenizer(str(path))
+    model = Engine(path, model.config, tokenizer, device.type) if is_engine else model.eval()
+    return model, tokenizer, languages
 
 
 # ---- curves and MLflow ---------------------------------------------------------------------------
@@ -1514,7 +1520,8 @@ def set_mlflow_store(mlruns: str) -> None:
     names another place."""
     import mlflow
 
-    if "MLFLOW_TRACKING_URI" in os.environ:
+    if TRACKING_URI is not None:
+        mlflow.set_tracking_uri(TRACKING_URI)
         return
     folder = Path(mlruns).expanduser().resolve()
     if folder.name != "mlruns":  # Modlee would append it
@@ -1596,6 +1603,9 @@ def recording(state: State) -> Iterator[None]:
             import mlflow
 
             attempt(state, "MLflow", mlflow.end_run, status)
+            # Modlee's run has ended with the fit.
+            end = mlflow.MlflowClient().set_terminated
+            attempt(state, "MLflow", end, state.mlflow_run, status)
 
 
 # ---- translating and scoring ---------------------------------------------------------------------
@@ -2003,8 +2013,12 @@ class Engine:
         self.config = config
         self.tokens = tokenizer.convert_ids_to_tokens(range(config.vocab_size))
         self.ids = {token: i for i, token in enumerate(self.tokens)}
+        device = device if device == "cuda" else "cpu"  # it knows no other
         threads = torch.get_num_threads()
-        self.translator = ctranslate2.Translator(str(folder), device, intra_threads=threads)
+        try:
+            self.translator = ctranslate2.Translator(str(folder), device, intra_threads=threads)
+        except (RuntimeError, ValueError) as error:
+            raise InputError(f"CTranslate2 cannot load {folder}: {data.one_line(error)}") from None
 
     def decode(
         self, rows: list[list[int]], beam: int, length_penalty: float, num_return: int, scores: bool
@@ -2040,7 +2054,7 @@ class Engine:
 def export(config: ExportConfig) -> int:
     output = Path(config.output).expanduser()
     to_engine = config.to == "ctranslate2"
-    require(to_engine or not config.quantization, "--quantization is of --to ctranslate2")
+    require(to_engine or not config.quantization, "--quantization belongs to --to ctranslate2")
     check_output(output)
     model, tokenizer, languages = load_model(config.model, torch.device("cpu"))
     if isinstance(model, Engine):
@@ -2069,478 +2083,6 @@ def export(config: ExportConfig) -> int:
     return 0
 
 
-# ---- bench: what Lightning and Modlee cost per step ----------------------------------------------
-# Every arm is a process of its own and trains the same model on the same batches. Arms take turns
-# of `WINDOW` steps, each order and then its reverse, and are compared turn by turn.
-
-WINDOW = LOG_EVERY  # steps in a turn: all that is periodic comes round once
-
-
-@dataclass(frozen=True)
-class Arm:
-    """A way to train."""
-
-    label: str
-    trainer: dict | None = None  # changes of the Trainer's arguments; None: the raw loop
-    modlee: tuple[str, ...] | None = None  # which of its callbacks, by parts of their names
-    compile: bool = False
-    wait: bool = False  # for the device after each phase, which tells how long it takes
-
-
-OFF = {"enable_progress_bar": False, "callbacks": []}
-DEFAULTS = {"logger": True, "enable_checkpointing": True, "enable_model_summary": True}
-ARMS = {
-    "raw": Arm("raw loop"),
-    "barebones": Arm("Lightning, barebones", {"barebones": True, "callbacks": []}),
-    "defaults": Arm("Lightning as it comes", DEFAULTS | {"callbacks": []}),
-    "adapter": Arm("this adapter, --no-modlee", {}),
-    "modlee": Arm("this adapter with Modlee", {}, ("Data", "Transforms", "Model", "Code")),
-    "compiled": Arm("raw loop, --compile", compile=True),
-    "phases": Arm("raw loop, phase by phase", wait=True),
-    "off": Arm("Lightning, all switched off", OFF),
-    "bar": Arm("+ progress bar", OFF | {"enable_progress_bar": True}),
-    "log": Arm("+ logging every step", OFF | {"logger": True, "log_every_n_steps": 1}),
-    "checkpoint": Arm("+ checkpoint every 20 steps", OFF | {"enable_checkpointing": True}),
-    "clip": Arm("+ clipping by Trainer", OFF | {"gradient_clip_val": TrainConfig.clip_norm}),
-    "autolog": Arm("Lightning, mlflow autolog", OFF, ()),
-    "modlee-data": Arm("+ Modlee: data", OFF, ("Data", "Transforms")),
-    "modlee-model": Arm("+ Modlee: model", OFF, ("ModelMeta", "Code")),
-}
-# Arms that take turns together, each compared to the first of its group. The first group is all
-# that --quick and the other sizes have.
-GROUPS = (
-    ("raw", "barebones", "defaults", "adapter", "modlee"),
-    ("raw", "compiled"),
-    ("off", "bar", "log", "checkpoint", "clip", "autolog"),
-    ("autolog", "modlee-data", "modlee-model"),
-    ("phases",),
-)
-SMALLEST = {"d_model": 64, "num_encoder_layers": 1, "num_decoder_layers": 1, "batch_size": 16}
-WIDE = {"d_model": 256, "nhead": 8, "dim_feedforward": 1024}
-WIDEST = PAPER_BASE | {"d_model": 1024, "nhead": 16, "dim_feedforward": 4096, "batch_size": 2048}
-# Three models; the costs of the middle one are itemised. A GPU gets larger ones.
-BENCH_SIZES = {
-    "cpu": {"small": SMALLEST, "demo": {}, "wide": WIDE},
-    "cuda": {
-        "demo": {"batch_size": 512},
-        "tutorial": PAPER_BASE | {"batch_size": 2048},
-        "widest": WIDEST,
-    },
-}
-
-
-class RepeatingSampler(data.BucketBatchSampler):
-    """The same WINDOW batches over and over in one long epoch, so that any two turns are the same
-    work. `timer` is called with the number of each batch before it is handed out."""
-
-    timer: Callable[[int], None] = staticmethod(lambda index: None)
-    windows = 1000
-
-    def set_epoch(self, epoch: int) -> None:
-        super().set_epoch(epoch)
-        self.batches = [self.batches[i % len(self.batches)] for i in range(WINDOW)] * self.windows
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for index, rows in enumerate(super().__iter__()):
-            self.timer(index)
-            yield rows
-
-
-class TurnTimer:
-    """Called between two batches: after WINDOW of them it answers with what they took, and waits
-    until it is this arm's turn again."""
-
-    def __init__(self, pipe, device: torch.device, state: State):
-        self.pipe, self.device, self.state = pipe, device, state
-        self.waited = self.started = 0.0
-        self.phases: dict[str, float] = {}  # seconds, see `timed_phases`
-        self.events = [torch.cuda.Event(enable_timing=True) for _ in "12" if device.type == "cuda"]
-
-    def clock(self) -> float:
-        """Seconds, which stand still while it waits."""
-        return time.perf_counter() - self.waited
-
-    def __call__(self, index: int) -> None:
-        if index % WINDOW:
-            return
-        paused = time.perf_counter()
-        self.pipe.send(self.measure() if index else None)
-        try:
-            self.pipe.recv()
-        except EOFError:
-            os._exit(0)
-        gc.collect()  # which no arm does by itself
-        # Threads fall asleep while others have their turn, and clocks go down.
-        matmul_rate(self.device, torch.float32, 256, 0.1)
-        memory_peak(self.device, reset=index == WINDOW)
-        self.phases.clear()
-        for event in self.events[:1]:
-            event.record()
-        self.waited += time.perf_counter() - paused
-        self.started = self.clock()
-
-    def measure(self) -> dict[str, object]:
-        """Seconds of the turn: `whole`, `loop` (outside of all phases), `enqueue` (until the host
-        was free) and `device`; peak memory; the losses."""
-        found = {"enqueue": self.clock() - self.started}
-        for event in self.events[1:]:
-            event.record()
-        synchronize(self.device)
-        found["whole"] = self.clock() - self.started
-        found["loop"] = found["whole"] - sum(self.phases.values())
-        if self.events:
-            found["device"] = self.events[0].elapsed_time(self.events[1]) / 1e3
-        found |= {"peak": memory_peak(self.device), "phases": dict(self.phases)}
-        return found | {"losses": list(self.state.history["train"])}
-
-
-@contextlib.contextmanager
-def timed_phases(timer: TurnTimer, wait: bool) -> Iterator[None]:
-    """Note in timer.phases how long is spent in what every arm calls: data, forward, backward,
-    clipping, optimizer. What is left of a step is the loop around it. wait: for the device."""
-    from torch.utils.data.dataloader import _BaseDataLoaderIter
-
-    def timed(name: str, function: Callable) -> Callable:
-        def wrapper(*arguments, **more):
-            started = timer.clock()
-            result = function(*arguments, **more)
-            if wait:
-                synchronize(timer.device)
-            timer.phases[name] = timer.phases.get(name, 0.0) + timer.clock() - started
-            return result
-
-        return wrapper
-
-    with contextlib.ExitStack() as patches:
-        for name, owner, function in (
-            ("data", _BaseDataLoaderIter, "__next__"),
-            ("forward", sys.modules[__name__], "batch_loss"),
-            ("backward", Tensor, "backward"),
-            ("clipping", torch.nn.utils, "clip_grad_norm_"),
-            ("optimizer", sys.modules[torch.optim.Adam.__module__], "adam"),
-        ):
-            whole = timed(name, getattr(owner, function))
-            patches.enter_context(patch.object(owner, function, whole))
-        yield
-
-
-def bench_case(config: TrainConfig, prepared: Prepared, device: torch.device):
-    """(model, loaders, state): the same in every arm."""
-    model = build_model(config, prepared.tokenizer).to(device)
-    train, validation = build_loaders(config, prepared, device)
-    sampler = RepeatingSampler(*prepared.train.lengths, config.batch_size, config.seed)
-    more = {"batch_sampler": sampler, "collate_fn": train.collate_fn}
-    train = torch.utils.data.DataLoader(train.dataset, **more)
-    return model, [train, validation], State(config, train)
-
-
-def run_arm(arm: Arm, model, loaders, config: TrainConfig, state: State, prepared) -> None:
-    """Train as the arm does, in the current folder."""
-    if arm.trainer is None:
-        train_raw(model, *loaders, config, state)
-        return
-    lightning, changes = import_lightning(), dict(arm.trainer)
-
-    class LogEveryStep(lightning.Callback):
-        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-            module.log("step_loss", outputs["loss"])
-
-    if "log_every_n_steps" in changes:
-        changes["callbacks"] = [LogEveryStep()]
-    if changes.get("enable_checkpointing") and "logger" not in changes:
-        saves = lightning.callbacks.ModelCheckpoint(os.getcwd(), every_n_train_steps=LOG_EVERY)
-        changes["callbacks"] = [saves]
-    modlee = None if arm.modlee is None else import_modlee()
-    base = modlee_base() if modlee else lightning.LightningModule
-    adapter = adapter_class(base)(vars(model.config), model)
-    adapter.attach(config, state)
-    if "gradient_clip_val" in changes:  # Lightning's own way
-        theirs = lightning.LightningModule.configure_gradient_clipping
-        adapter.configure_gradient_clipping = partial(theirs, adapter)
-    fit = partial(train_lightning, adapter, *loaders, config, **changes)
-    if modlee:
-        ModleeRecord(modlee, config, prepared, arm.modlee).fit(adapter, fit)
-    else:
-        fit()
-
-
-def serve_arm(arm: Arm, config: TrainConfig, prepared: Prepared, device_name: str, pipe) -> None:
-    """An arm in this process, which is its own. Answers None once it could begin, and then, each
-    time it is asked, what the next WINDOW steps took."""
-    os.chdir(Path(config.mlruns).parent)
-    for stream in (sys.stdout, sys.stderr):
-        os.dup2(os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
-    try:
-        device = choose_device(device_name)
-        model, loaders, state = bench_case(config, prepared, device)
-        timer = loaders[0].batch_sampler.timer = TurnTimer(pipe, device, state)
-        gc.disable()
-        require(not arm.compile or compile_model(model), "nothing can compile here")
-        with timed_phases(timer, arm.wait):
-            run_arm(arm, model, loaders, config, state, prepared)
-    except Exception as error:  # noqa: BLE001 - whatever it is, the asking process must hear of it
-        pipe.send(InputError(f"{arm.label}: {type(error).__name__}: {data.one_line(error)}"))
-
-
-@contextlib.contextmanager
-def serving(target: Callable, jobs: dict[str, tuple]) -> Iterator[dict[str, Callable]]:
-    """Run target(*arguments, pipe) in a process of its own for each name -> arguments of `jobs`.
-
-    Yields name -> function that sends what it is given, if anything, and returns the answer. A
-    process that answers with an InputError, or dies, raises it here.
-    """
-    context, processes, pipes = multiprocessing.get_context("spawn"), [], {}
-
-    def ask(name: str, *question):
-        if question:
-            pipes[name].send(question)
-        try:
-            found = pipes[name].recv()
-        except EOFError:
-            raise InputError(f"the process of {name} has died") from None
-        if isinstance(found, InputError):
-            raise found
-        return found
-
-    try:
-        for name, arguments in jobs.items():
-            pipes[name], other_end = context.Pipe()
-            arguments = (target, *arguments, other_end)
-            processes.append(context.Process(target=begin_service, args=arguments, daemon=True))
-            processes[-1].start()
-            other_end.close()
-        yield {name: partial(ask, name) for name in jobs}
-    finally:
-        for process in processes:
-            process.kill()
-
-
-def begin_service(target: Callable, *arguments) -> None:
-    """The first thing in a process that `serving` begins, and will kill."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # for the process that asks
-    # tqdm's own lock is a semaphore, which a killed process leaves behind.
-    tqdm.set_lock(threading.RLock())
-    target(*arguments)
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what was asked of it."""
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
-
-
-def matmul_rate(device: torch.device, dtype: torch.dtype, size: int, seconds: float) -> float:
-    """FLOP/s of a product of two square matrices, the best seen in that time."""
-    a, b = torch.ones(2, size, size, device=device, dtype=dtype)
-    best, until = math.inf, time.perf_counter() + seconds
-    while time.perf_counter() < until:
-        started = time.perf_counter()
-        a @ b
-        synchronize(device)
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
-
-
-def memory_peak(device: torch.device, reset: bool = False) -> int | None:
-    """Peak memory in bytes since the last reset: of the device, or of this process on Linux."""
-    if device.type == "cuda":
-        if reset:
-            torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.max_memory_allocated()
-    try:
-        if reset:
-            # Give back what others have freed, or this one would seem to need nothing.
-            ctypes.CDLL(None).malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")
-        status = Path("/proc/self/status").read_text()
-    except (OSError, AttributeError):  # no Linux, or another libc
-        return None
-    return 1024 * int(status.split("VmHWM:")[1].split()[0])
-
-
-def median_interval(values: np.ndarray) -> list[float]:
-    """values [N] -> their median with its bootstrapped 95 % interval: [median, low, high]."""
-    picks = np.random.default_rng(0).integers(len(values), size=(2000, len(values)))
-    low, high = np.percentile(np.median(values[picks], axis=1), [2.5, 97.5])
-    return [float(np.median(values)), float(low), float(high)]
-
-
-def take_turns(serve: dict[str, Callable], turns: int, bar) -> dict[str, list[dict]]:
-    """Time arms in turn, after a first turn that warms up and whose losses must agree. Returns
-    name -> answers [1 + turns], the warm-up first."""
-    found = {name: [] for name in serve}
-    for turn in range(turns + 1):
-        for name in serve if turn % 2 == 0 else reversed(serve):
-            found[name].append(serve[name](True))
-            bar.update()
-        if turn == 0:
-            losses = {name: answers[0]["losses"][0][1] for name, answers in found.items()}
-            expected = next(iter(losses.values()))
-            for name, loss in losses.items():
-                # Bit for bit where it can be: compiled code and GPUs add in another order.
-                exact = not ARMS[name].compile and not torch.cuda.is_available()
-                same = abs(loss - expected) <= (0 if exact else 1e-2 * expected)
-                what = f"{ARMS[name].label} has a loss of {loss}, others of {expected}"
-                require(same, f"{what}: nothing was timed")
-    return found
-
-
-def describe_work(sampler: data.BucketBatchSampler, config: Seq2SeqConfig) -> dict:
-    """What a step has to do, on average over a turn: tokens and FLOPs without pads."""
-    rows = np.concatenate(sampler.batches[:WINDOW])
-    source, target = sampler.source_lengths[rows], sampler.target_lengths[rows]
-    flops = 3 * sum(count_flops(config, *pair) for pair in zip(source.tolist(), target.tolist()))
-    work = {"source_tokens": source.sum(), "target_tokens": target.sum(), "flops": flops}
-    return {name: float(value) / WINDOW for name, value in work.items()}
-
-
-def describe_arms(size: str, found: dict[str, list[dict]], work: dict, peak: float) -> list[dict]:
-    """The figures of a group, in milliseconds per step; each arm beside the first."""
-
-    def of(name: str, kind: str) -> np.ndarray:
-        """Of every turn but the warm-up."""
-        return np.array([answer[kind] for answer in found[name][1:]]) * 1e3 / WINDOW
-
-    rows, base = [], next(iter(found))
-    for name, answers in found.items():
-        ms, peaks = float(np.median(of(name, "whole"))), [a["peak"] for a in answers if a["peak"]]
-        row = {"size": size, "arm": name, "label": ARMS[name].label, "beside": base, "ms": ms}
-        row |= {
-            f"{side}_tokens_per_second": 1e3 * work[f"{side}_tokens"] / ms
-            for side in ("source", "target")
-        }
-        row |= {"mfu": work["flops"] / (ms / 1e3) / peak}
-        row |= {"peak_mib": max(peaks) / 2**20 if peaks else None}
-        row |= {"warm_up_seconds": answers[0]["whole"], "turns_ms": of(name, "whole").tolist()}
-        for kind in ("whole", "loop"):  # [median, low, high] of the differences turn by turn
-            row[f"more_{kind}_ms"] = median_interval(of(name, kind) - of(base, kind))
-        for kind in ("device", "enqueue") if "device" in answers[0] else ():
-            row[f"{kind}_ms"] = float(np.median(of(name, kind)))
-        phases = {
-            phase: [a["phases"][phase] for a in answers[1:]] for phase in answers[0]["phases"]
-        }
-        row["phases_ms"] = {p: 1e3 * float(np.median(v)) / WINDOW for p, v in phases.items()}
-        row["phases_ms"]["loop"] = float(np.median(of(name, "loop")))
-        rows.append(row)
-    return rows
-
-
-def print_bench(report: dict) -> None:
-    print_field("machine", f"{report['machine']}, {report['precision']}")
-    rate = f"{report['matmul_gflops']:,.0f} GFLOP/s"
-    print_field("matmul", f"{rate} at best in that precision, of which MFU is a share")
-    for what, reason in report["left_out"].items():
-        print_field("left out", f"{what}: {reason}")
-    for size, work in report["sizes"].items():
-        tokens = f"{work['source_tokens']:.0f} source and {work['target_tokens']:.0f} target tokens"
-        print(f"\n{size}: a step has {tokens}, {work['flops'] / 1e9:.1f} GFLOP")
-        print(
-            f"{'':30}ms a step  source, target tokens/s   MFU  peak MiB  warm-up   more ms a step "
-            "(95 %): loop overhead, whole step"
-        )
-        for row in (row for row in report["rows"] if row["size"] == size):
-            line = (
-                f"  {row['label']:28}{row['ms']:9.2f}  {row['source_tokens_per_second']:11,.0f}"
-                f" {row['target_tokens_per_second']:11,.0f}  {row['mfu']:4.0%}"
-                f"  {row['peak_mib'] or 0:8.0f}  {row['warm_up_seconds']:5.1f} s"
-            )
-            if row["arm"] != row["beside"]:
-                for kind in ("loop", "whole"):
-                    line += "  {:6.2f} ({:.2f} to {:.2f})".format(*row[f"more_{kind}_ms"])
-                line += f" than {ARMS[row['beside']].label}"
-            if "device_ms" in row:
-                line += f"; device {row['device_ms']:.2f}, enqueued in {row['enqueue_ms']:.2f} ms"
-            print(line)
-    for row in report["rows"]:
-        if row["arm"] == "phases":
-            phases = ", ".join(f"{name} {ms:.2f}" for name, ms in row["phases_ms"].items())
-            print(f"\na step of the raw loop, ms: {phases}")
-
-
-def describe_machine(device: torch.device) -> dict:
-    """What every report begins with."""
-    machine = f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} CPU threads"
-    if device.type == "cuda":
-        machine = torch.cuda.get_device_name()
-    command = shlex.join(["python", *sys.argv])
-    return {"command": command, "machine": machine, "versions": versions()}
-
-
-def profile_steps(config: TrainConfig, prepared: Prepared, device, path: Path) -> None:
-    """Write torch's trace of ten steps of the raw loop, after a turn of warming up."""
-    from torch.profiler import profile, schedule
-
-    model, loaders, state = bench_case(config, prepared, device)
-    sampler = loaders[0].batch_sampler
-    sampler.windows = 2
-    sampler.set_epoch(0)
-
-    def save(profiler) -> None:
-        write_file(path, lambda part: profiler.export_chrome_trace(str(part)))
-
-    ten = schedule(wait=0, warmup=WINDOW, active=10, repeat=1)
-    with profile(schedule=ten, on_trace_ready=save) as profiler:  # of all devices there are
-        sampler.timer = lambda index: profiler.step() if index else None
-        train_raw(model, *loaders, config, state)
-    print_field("profile", f"ten steps of the raw loop: {path}")
-
-
-def bench(config: BenchConfig) -> int:
-    """Group by group of arms and size by size; then the table."""
-    check_ranges(config)
-    check_report(config.json, config.profile)
-    require(config.turns is None or config.turns >= 3, "--turns: at least 3, for an interval")
-    device = choose_device(config.device)
-    precision = choose_precision(config.precision, device)
-    use_tensor_cores(device)
-    sizes = BENCH_SIZES["cuda" if device.type == "cuda" else "cpu"]
-    middle = list(sizes)[1]
-    turns = config.turns or (4 if config.quick else 12)
-    plan = [(middle, group) for group in (GROUPS[:1] if config.quick else GROUPS)]
-    plan += [(size, GROUPS[0]) for size in sizes if size != middle and not config.quick]
-    data.hub_reachable()  # or Modlee would try for minutes
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    peak = matmul_rate(device, dtype, 2048 if device.type == "cpu" else 8192, 1.0)
-    report = describe_machine(device) | {"precision": precision, "matmul_gflops": peak / 1e9}
-    report |= {"steps_per_turn": WINDOW, "turns": turns, "sizes": {}, "rows": [], "left_out": {}}
-    total = sum((turns + 1) * len(group) for _, group in plan)
-    bar = progress_bar(desc="bench", total=total, unit="turn")
-    with bar, tempfile.TemporaryDirectory() as folder:
-        fixed = {"max_epochs": 1, "precision": precision, "mlruns": f"{folder}/mlruns"}
-        settings = {
-            size: TrainConfig(
-                **changes, **fixed, num_samples=max(6400, 25 * changes.get("batch_size", 64))
-            )
-            for size, changes in sizes.items()
-        }
-        prepared = prepare_data(settings[middle])
-        if config.profile:
-            profile_steps(settings[middle], prepared, device, Path(config.profile).expanduser())
-            return 0
-        for size, group in plan:
-            has = {name for name in group if ARMS[name].modlee is None or find_spec("modlee")}
-            case = (settings[size], prepared, config.device)
-            jobs = {name: (ARMS[name], *case) for name in group if name in has}
-            with serving(serve_arm, jobs) as serve:
-                for name in list(serve):
-                    try:
-                        serve[name]()
-                    except InputError as error:
-                        report["left_out"][name] = str(error)
-                        del serve[name]
-                found = take_turns(serve, turns, bar)
-            model, loaders, _ = bench_case(settings[size], prepared, device)
-            work = describe_work(loaders[0].batch_sampler, model.config)
-            report["sizes"][size] = work
-            report["rows"] += describe_arms(size, found, work, peak)
-    if not find_spec("modlee"):
-        report["left_out"]["Modlee"] = "not installed"
-    print_bench(report)
-    if config.json:
-        write_json(Path(config.json).expanduser(), report)
-    return 0
-
-
 # ---- commands ------------------------------------------------------------------------------------
 
 
@@ -2556,26 +2098,31 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def check_report(*names: str | None) -> None:
+def check_report(name: str | None, mark: str | None = '"versions": {') -> None:
     """InputError where a report could not be written in the end, or would take the place of a file
-    that is no report."""
-    for path in [Path(name).expanduser() for name in names if name is not None]:
-        fits = path.parent.is_dir() and (path.is_file() or not path.exists())
-        require(fits, f"{path}: no file can be written there")
-        replaces = path.exists() and path.stat().st_size > 0
-        if replaces and (path.suffix != ".json" or '"versions"' not in path.read_text("utf-8")):
-            raise InputError(f"{path} exists already and is no report; give another name")
+    that is no such report, which `mark` tells; None: of any file."""
+    if name is None:
+        return
+    path = Path(name).expanduser()
+    fits = path.parent.is_dir() and (path.is_file() or not path.exists())
+    require(fits, f"{path}: no file can be written there")
+    if path.exists() and path.stat().st_size > 0:
+        alike = mark is not None and mark in path.read_text("utf-8", errors="replace")
+        require(alike, f"{path} exists already and is no report; give another name")
 
 
 def name_output(config: TrainConfig) -> TrainConfig:
-    """With a name for the model folder, the same in all processes and no other run's."""
+    """With a name for the model folder, the same in all processes and no other run's: it is claimed
+    by making the folder of its checkpoints."""
     names = [config.output]
-    if config.output is None:
-        now = f"runs/{datetime.now():%Y%m%d-%H%M%S}-{config.preset}"
-        free = (now if i == 1 else f"{now}-{i}" for i in count(1))
-        names = [
-            next(n for n in free if not (Path(n).exists() or Path(f"{n}.checkpoints").exists()))
-        ]
+    now = f"runs/{datetime.now():%Y%m%d-%H%M%S}-{config.preset}"
+    for number in count(1):
+        if names[0] is not None or not is_first_process():
+            break
+        name = now if number == 1 else f"{now}-{number}"
+        with contextlib.suppress(FileExistsError):
+            Path(f"{name}.checkpoints").mkdir(parents=True)
+            names[0] = name
     if distributed.is_initialized():
         distributed.broadcast_object_list(names)
     return dataclasses.replace(config, output=names[0])
@@ -2583,58 +2130,62 @@ def name_output(config: TrainConfig) -> TrainConfig:
 
 def train(config: TrainConfig) -> int:
     """Prepare data, train, save, evaluate. Returns the exit code."""
-    # What can be refused at once, before data is read for minutes.
+    # Checks that need no data, which takes minutes to read.
     check_training(config)
     device = choose_device(config.device)
     config = dataclasses.replace(config, precision=choose_precision(config.precision, device))
     checkpoint = None
     if config.output is not None:
-        check_output(Path(config.output).expanduser(), replace=config.resume is not None)
-        checkpoints = checkpoint_folder(config)
+        checkpoints, output = checkpoint_folder(config), Path(config.output).expanduser()
+        own = Path(f"{output}.checkpoints").resolve() == checkpoints.resolve()
+        check_output(output, replace=config.resume is not None and own)
         way = f"continue it with --resume {shlex.quote(str(checkpoints))}, or delete that"
         free = config.resume is not None or not any(checkpoints.glob("step-*.pt"))
-        require(free, f"{checkpoints} is of another run: {way}")
+        require(free, f"{checkpoints} belongs to another run: {way}")
     if config.resume is not None:
         checkpoint = read_checkpoint(checkpoint_folder(config))
-    rank = join_processes(device)
-    config = name_output(config)
-    output, checkpoints = Path(config.output).expanduser(), checkpoint_folder(config)
+    join_processes(device)
     use_tensor_cores(device)
 
     prepared = prepare_data(config)
     model = build_model(config, prepared.tokenizer)
-    if config.init is not None:
+    if config.init is not None and checkpoint is None:
         model.load_state_dict(load_model(config.init, torch.device("cpu"))[0].state_dict())
     model.to(device)
     loaders = build_loaders(config, prepared, device)
     metrics = describe_run(config, prepared, model, loaders[0], device)
+    config = name_output(config)
+    output, checkpoints = Path(config.output).expanduser(), checkpoint_folder(config)
     digest = f"{digest_pairs(prepared.train)} {digest_pairs(prepared.validation)}"
     about = {"settings": dataclasses.asdict(config), "data": digest}
     save = partial(write_checkpoint, checkpoints, about)
-    after_epoch = partial(log_epoch, config, prepared, checkpoints) if rank == 0 else None
+    after_epoch = partial(log_epoch, config, prepared, checkpoints) if is_first_process() else None
     state = State(config, loaders[0], save, after_epoch)
     if checkpoint is not None:
         resume(state, model, checkpoint, about)
 
-    with recording(state), stopping_on_signals(state):
+    with recording(state):
         record = None
-        if state.epoch < config.max_epochs:
-            record = fit(model, loaders, config, prepared, state, rank)
-        if state.stop:
-            return say_stopped(state, checkpoints)
-        if rank > 0:
-            return 0
-        model.to(device)  # Lightning takes it to the CPU at the end
-        model.load_state_dict(state.best_weights)
-        metrics |= describe_training(state, record, prepared)
-        try:  # before it is scored: an interrupted score loses no training
-            save_model(output, model, prepared, config, metrics, state)
-        except OSError as error:
-            way = f"make room, then --resume {shlex.quote(str(checkpoints))}"
-            raise Failed(f"{error}; training is complete in {checkpoints}: {way}") from None
+        with stopping_on_signals(state):
+            if state.epoch < config.max_epochs:
+                record = fit(model, loaders, config, prepared, state)
+            if state.stop:
+                return say_stopped(state, checkpoints)
+            if not is_first_process():
+                return 0
+            model.to(device)  # Lightning takes it to the CPU at the end
+            model.load_state_dict(state.best_weights)
+            metrics |= describe_training(state, record, prepared)
+            try:  # before it is scored: an interrupted score loses no training
+                save_model(output, model, prepared, config, metrics, state)
+            except OSError as error:
+                way = f"make room, then --resume {shlex.quote(str(checkpoints))}"
+                raise Failed(f"{error}; training is complete in {checkpoints}: {way}") from None
         place = shlex.quote(str(output))
         evaluation = f"python run.py evaluate --model {place}"
         try:
+            if state.signal:  # it came while the model was written
+                raise_interrupted(state.signal, None)
             score_model(model, prepared, config, metrics)
         except Interrupted:
             print(f"the model is complete, its score is not: {evaluation}", file=sys.stderr)
@@ -2649,8 +2200,8 @@ def train(config: TrainConfig) -> int:
     if record and config.push:
         record.push()
     print_field("saved", f"{output}")
-    more = f"{checkpoints} is kept for --resume {place} --max-epochs {2 * config.max_epochs}"
-    print_field("", f"{more}; delete it otherwise")
+    more = f"--resume {shlex.quote(str(checkpoints))} --max-epochs {2 * config.max_epochs}"
+    print_field("", f"{checkpoints} is kept for {more}; delete it otherwise")
     print(f"\nnext:  python run.py translate --model {place} 'The teacher sees you.'")
     print(f"       {evaluation} --dataset unseen.tsv")
     return 0
@@ -2658,22 +2209,25 @@ def train(config: TrainConfig) -> int:
 
 def resume(state: State, model: nn.Module, checkpoint: dict, about: dict) -> None:
     """Put a checkpoint back, and say what differs from the run that wrote it. Raises InputError."""
-    name = state.config.resume
-    same = checkpoint["data"] == about["data"]
+    name, was, now = state.config.resume, checkpoint["settings"], about["settings"]
     way = "to train on others, start a new run from its model with --init"
+    same = checkpoint["data"] == about["data"]
     require(same, f"the training pairs are not those of {name}: {way}")
-    try:
-        model.load_state_dict(checkpoint["model"])
-    except RuntimeError:
-        raise InputError(f"the model of {name} has other sizes; leave them out") from None
+    same = all(was[size] == now[size] for size in MODEL_SIZES)
+    require(same, f"the model of {name} has other sizes; leave them out")
+    # Amid an epoch a number of a batch means another batch in another layout.
+    same = checkpoint["state"]["batch"] == 0 or checkpoint["state"]["layout"] == state.layout
+    what = "batch size, --accumulate and the number of processes must stay"
+    require(same, f"{name} was stopped amid an epoch: {what}")
+    model.load_state_dict(checkpoint["model"])
     state.load(checkpoint)
     print_field("resumed", f"after step {state.step} of {state.config.output}")
-    for name, value in checkpoint["settings"].items():
-        if name != "resume" and about["settings"][name] != value:
-            print_field("", f"{name} {value} -> {about['settings'][name]}")
+    for name in was:
+        if name != "resume" and was[name] != now[name]:
+            print_field("", f"{name} {was[name]} -> {now[name]}")
 
 
-def fit(model, loaders, config: TrainConfig, prepared: Prepared, state: State, rank: int):
+def fit(model, loaders, config: TrainConfig, prepared: Prepared, state: State):
     """Train with the loop that is asked for. Returns Modlee's record or None."""
     if config.loop == "raw":
         print_field("modlee", "off: it is for --loop lightning")
@@ -2681,7 +2235,7 @@ def fit(model, loaders, config: TrainConfig, prepared: Prepared, state: State, r
             compile_model(model)
         train_raw(model, *loaders, config, state)
         return None
-    record = start_modlee(config, prepared) if rank == 0 else None
+    record = start_modlee(config, prepared) if is_first_process() else None
     base = modlee_base() if record else import_lightning().LightningModule
     adapter = adapter_class(base)(dataclasses.asdict(model.config), model)
     adapter.attach(config, state)
@@ -2800,18 +2354,24 @@ def score_model(model, prepared: Prepared, config: TrainConfig, metrics: dict) -
     `metrics`."""
     part = "test" if prepared.test_pairs else "validation"
     pairs = prepared.test_pairs or prepared.validation_pairs
-    sources, references = ([pair[side] for pair in pairs] for side in (0, 1))
     languages = (config.source_lang, config.target_lang)
     translator = Translator(model, prepared.tokenizer, languages, config.beam)
-    hypotheses = translator.translate(sources)
-    translator.report("pair")
-    metrics |= {"scored": part} | score(hypotheses, references)
+    hypotheses, scores = score_pairs(translator, pairs)
+    metrics |= {"scored": part} | scores
     search = "greedy" if config.beam == 1 else f"beam {config.beam}"
-    print_field("scored", f"{len(sources):,} {part} pairs, {search}")
+    print_field("scored", f"{len(pairs):,} {part} pairs, {search}")
     print_score(metrics)
-    for triple in list(zip(sources, hypotheses, references))[:SHOWN]:
-        print("\n  source       {}\n  translation  {}\n  reference    {}".format(*triple))
+    for pair, hypothesis in list(zip(pairs, hypotheses))[:SHOWN]:
+        print(f"\n  source       {pair.source}\n  translation  {hypothesis}")
+        print(f"  reference    {pair.target}")
     print()
+
+
+def score_pairs(translator: Translator, pairs: list[data.Pair]) -> tuple[list[str], dict]:
+    """The translations of the sources, and their scores."""
+    hypotheses = translator.translate([pair.source for pair in pairs])
+    translator.report("pair")
+    return hypotheses, score(hypotheses, [pair.target for pair in pairs])
 
 
 def stdin_lines() -> Iterator[str]:
@@ -2845,8 +2405,7 @@ def translate(config: TranslateConfig) -> int:
 def evaluate(config: EvaluateConfig) -> int:
     check_ranges(config)
     check_report(config.json)
-    if config.hypotheses:
-        check_output(Path(config.hypotheses).expanduser())
+    check_report(config.hypotheses, mark=None)
     dataset = config.dataset
     if dataset is None:
         parts = [Path(config.model).expanduser() / f"{name}.tsv" for name in ("test", "validation")]
@@ -2859,16 +2418,14 @@ def evaluate(config: EvaluateConfig) -> int:
     translator = load_translator(**decoding_of(config))
     more = (config.subset, config.split, translator.languages, config.columns)
     pairs = whole_pairs(data.read_pairs(dataset, *more), " ".join(dataset))[: config.num_samples]
-    sources, references = ([pair[side] for pair in pairs] for side in (0, 1))
     started = time.perf_counter()
-    hypotheses = translator.translate(sources)
+    hypotheses, scores = score_pairs(translator, pairs)
     seconds = time.perf_counter() - started
-    translator.report("pair")
-    result = {"model": config.model, "dataset": list(dataset), "pairs": len(sources)}
+    result = {"model": config.model, "dataset": list(dataset), "pairs": len(pairs)}
     result |= {"beam": config.beam, "length_penalty": config.length_penalty}
-    result |= {"precision": config.precision, **score(hypotheses, references)}
+    result |= {"precision": config.precision, **scores}
     result |= {"seconds": round(seconds, 2), "versions": versions()}
-    taken = f"{len(sources):,} of {' '.join(dataset)}, translated in {seconds:.1f} s"
+    taken = f"{len(pairs):,} of {' '.join(dataset)}, translated in {seconds:.1f} s"
     print_field("pairs", taken)
     print_score(result)
     if config.hypotheses:
@@ -2881,10 +2438,16 @@ def evaluate(config: EvaluateConfig) -> int:
 def main(arguments: list[str]) -> int:
     """Run a command; what the user can mend ends in one line on stderr."""
     commands = {"train": train, "translate": translate, "evaluate": evaluate}
-    commands |= {"export": export, "bench": bench}
+    commands |= {"export": export}
     try:
+        if arguments[:1] == ["bench"]:
+            from benchmarks import lightning
+
+            return lightning.main(arguments[1:])
         command, config = parse_command_line(arguments)
-        return commands[command](config)
+        code = commands[command](config)
+        sys.stdout.flush()
+        return code
     except Interrupted as stopped:
         print("interrupted", file=sys.stderr)
         return stopped.args[0]
@@ -2894,12 +2457,13 @@ def main(arguments: list[str]) -> int:
     except (InputError, OSError) as error:  # disk full, no permission, name too long
         print(f"error: {data.one_line(error, None)}", file=sys.stderr)
         return 2
-    except (Failed, RuntimeError) as error:
+    except (Failed, RuntimeError, MemoryError) as error:
         reason = str(error)
-        if not isinstance(error, Failed):  # out of memory has a class on CUDA alone
+        if isinstance(error, RuntimeError):  # out of memory has a class on CUDA alone
             words = ("out of memory", "can't allocate memory", "not enough memory")
             if not any(word in reason for word in words):
                 raise
+        if not isinstance(error, Failed):
             reason = "out of memory; lower --batch-tokens or --batch-size, and raise --accumulate"
         for bar in list(tqdm._instances):
             bar.close()  # or Lightning's would wipe the message away

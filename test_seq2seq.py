@@ -38,6 +38,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+import tyro
 from hypothesis import HealthCheck, given, strategies
 from hypothesis import settings as hypothesis_settings
 from safetensors.torch import load_file, save_file
@@ -45,6 +46,9 @@ from safetensors.torch import load_file, save_file
 import data
 import run
 import seq2seq
+from benchmarks import decode as decode_bench
+from benchmarks import figures, harness, lightning
+from benchmarks import train as train_bench
 from data import InputError
 from positional import POSITIONAL_KINDS, sinusoidal_positional_encoding
 from seq2seq import (
@@ -1653,7 +1657,7 @@ def test_flags_beat_the_preset_and_the_preset_the_defaults():
     assert "peak learning rate of Adam (default: 0.002)" in text
     for field in dataclasses.fields(run.TrainConfig):
         assert f"--{field.name.replace('_', '-')}" in text
-    assert all(name in text for name in run.CONFIGS if name != "train")
+    assert all(name in text for name in ("translate", "evaluate", "export", "bench"))
 
 
 def test_the_tutorial_preset_is_the_tutorial_to_the_letter():
@@ -1710,8 +1714,8 @@ def test_mistyped_flags_are_answered_with_exit_code_2(arguments, message, capsys
         (["--compile"], "--loop raw"),
         (["--tokenizer", "train:x"], "train:8000"),
         (["--mlruns", str(HERE / "run.py")], "run.py is a file, not a folder"),
-        (["--resume", "nowhere"], "no checkpoints in nowhere.checkpoints"),
-        (["--resume", "nowhere", "--preset", "small"], "leave --preset out"),
+        (["--resume", "nowhere"], "nowhere.checkpoints"),
+        (["--resume", "nowhere", "--preset", "small"], "leave --preset and --init out"),
         (["--init", "nowhere"], "nowhere is no model folder"),
         (["translate", "--model", "x", "--batch-tokens", "0"], "at least 1"),
         (["translate", "--model", "x", "--num-return", "2"], "at most --beam"),
@@ -1725,7 +1729,10 @@ def test_mistyped_flags_are_answered_with_exit_code_2(arguments, message, capsys
         (["evaluate", "--model", "no", "--dataset", "phrasebook"], "the demo trains on"),
         (["evaluate", "--model", "no", "--json", str(HERE / "run.py")], "is no report"),
         (["evaluate", "--model", "no", "--json", "no/out.json"], "no file can be written"),
-        (["export", "--model", "x", "--to", "hf", "--quantization", "int8", "y"], "of --to"),
+        (
+            ["export", "--model", "x", "--to", "hf", "--quantization", "int8", "y"],
+            "belongs to --to",
+        ),
         (["bench", "--turns", "2"], "at least 3"),
     ],
 )
@@ -2027,7 +2034,7 @@ def test_a_loss_that_is_no_number_names_its_step(prepared):
         state.end_epoch(math.nan)
     with torch.no_grad():
         state.parts["model"].embedding.weight[3, 3] = math.inf
-    with pytest.raises(run.Failed, match="after step 3 is no number"):
+    with pytest.raises(run.Failed, match="after step 3 is not finite"):
         state.save()
 
 
@@ -2402,7 +2409,7 @@ def test_a_run_is_resumed_extended_and_started_from(folder, tmp_path, capsys, mo
         assert message in capsys.readouterr().err
     shutil.move(model, copy / "elsewhere")
     assert main(*SMALL, "--output", model) == 2
-    assert "is of another run: continue it with --resume" in capsys.readouterr().err
+    assert "belongs to another run: continue it with --resume" in capsys.readouterr().err
     shutil.move(copy / "elsewhere", model)
     # More epochs; the model folder is replaced when there is a better one.
     more = ("--no-modlee", "--mlruns", "none", "--max-epochs", 2, "--loop", "raw")
@@ -2416,6 +2423,15 @@ def test_a_run_is_resumed_extended_and_started_from(folder, tmp_path, capsys, mo
     run.write_checkpoint(checkpoints, {"settings": {}}, {"state": {"step": 99}})
     assert main("--resume", checkpoints) == 2
     assert "of another version" in capsys.readouterr().err
+    config = json.loads((model / "config.json").read_text())
+    changed = config | {"source_lang": "de"}
+    (model / "config.json").write_text(json.dumps(changed))
+    assert run.parse_command_line(["--init", str(model)])[1].source_lang == "de"
+    changed["model"] = config["model"] | {"tie_embeddings": False}
+    (model / "config.json").write_text(json.dumps(changed))
+    assert main(*SMALL, "--init", model) == 2
+    assert "untied embeddings" in capsys.readouterr().err
+    (model / "config.json").write_text(json.dumps(config))
     # Other pairs, the same weights and tokenizer, either loop: one step of next to nothing.
     flags = ["--init", str(model), "--dataset", str(pairs), "--max-epochs", "1", "--clip-norm"]
     flags += ["1e-9", "--learning-rate", "0", "--mlruns", "none", "--no-modlee"]
@@ -2543,8 +2559,7 @@ def test_a_run_is_seen_while_it_trains(loop, tmp_path, capsys, monkeypatch):
     store = (tmp_path / loop / "mlruns").as_uri()
     flags = [*SMALL[:-2], "--loop", loop, "--no-modlee", "--max-epochs", 2, "--batch-size", 16]
     if loop == "raw":
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
-        mlflow.set_tracking_uri(None)
+        monkeypatch.setattr(run, "TRACKING_URI", store)
     else:
         flags += ["--mlruns", loop]
     assert main(*flags, "--output", "model") == 0
@@ -2764,9 +2779,16 @@ def test_cedilla_and_comma_score_alike(folder, tmp_path):
 
 
 def test_a_score_that_is_interrupted_leaves_a_model_and_says_so(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(run, "score_model", Mock(side_effect=run.Interrupted(130)))
-    output = tmp_path / "a model"
-    assert main(*SMALL, "--loop", "raw", "--output", output) == 130
+    def interrupted(*_) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+
+    monkeypatch.setattr(run, "score_model", interrupted)
+    output, handler = tmp_path / "a model", signal.signal(signal.SIGINT, run.raise_interrupted)
+    try:
+        assert main(*SMALL, "--loop", "raw", "--output", output) == 130
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert f"evaluate --model '{output}'" in capsys.readouterr().err
     assert main("translate", "--model", output, "I see.") == 0
 
@@ -2869,52 +2891,50 @@ def test_without_the_engine_one_line_says_how_to_get_it(folder, tmp_path, capsys
     assert "pip install ctranslate2" in capsys.readouterr().err
 
 
-# ---- bench ------------------------------------------------------------------------------------
+# ---- benchmarks -------------------------------------------------------------------------------
 
 
 def bench_case(prepared, **changes):
-    sizes = {"d_model": 16, "nhead": 2, "dim_feedforward": 32, "batch_size": 32}
-    sizes |= {"num_encoder_layers": 1, "num_decoder_layers": 1, "max_epochs": 1}
-    config = run.TrainConfig(**sizes, precision="fp32", **changes)
-    model, loaders, _ = run.bench_case(config, prepared, torch.device("cpu"))
-    sampler = loaders[0].batch_sampler
-    sampler.windows = 1
-    sampler.set_epoch(0)
+    config = run.TrainConfig(**TINY_BENCH, max_epochs=1, precision="fp32", **changes)
+    model, loaders, _ = lightning.bench_case(config, prepared, torch.device("cpu"))
+    loaders[0].batch_sampler.repeats = 1
+    loaders[0].batch_sampler.set_epoch(0)
     return config, model, loaders, run.State(config, loaders[0])
+
+
+TINY_BENCH = {"d_model": 16, "nhead": 2, "dim_feedforward": 32, "batch_size": 16}
+TINY_BENCH |= {"num_encoder_layers": 1, "num_decoder_layers": 1}
 
 
 def test_two_turns_are_the_same_work(prepared):
     _, model, loaders, _ = bench_case(prepared)
-    sampler = loaders[0].batch_sampler
-    sampler.windows = 2
+    sampler, window = loaders[0].batch_sampler, lightning.WINDOW
+    sampler.repeats = 2
     sampler.set_epoch(0)
-    seen = []
-    sampler.timer = seen.append
-    batches = list(itertools.islice(sampler, 2 * run.WINDOW))
-    assert batches[: run.WINDOW] == batches[run.WINDOW :]
-    assert seen == list(range(2 * run.WINDOW))
-    work = run.describe_work(sampler, model.config)
-    pairs = [prepared.train[row] for batch in batches[: run.WINDOW] for row in batch]
-    assert work["source_tokens"] == sum(len(s) for s, _ in pairs) / run.WINDOW
-    assert work["target_tokens"] == sum(len(t) for _, t in pairs) / run.WINDOW
+    batches = list(sampler)
+    assert batches[:window] == batches[window:]
+    work = lightning.describe_work(sampler, model.config)
+    pairs = [prepared.train[row] for batch in batches[:window] for row in batch]
+    assert work["source_tokens"] == sum(len(s) for s, _ in pairs) / window
+    assert work["target_tokens"] == sum(len(t) for _, t in pairs) / window
     flops = sum(count_flops(model.config, len(s), len(t)) for s, t in pairs)
-    assert work["flops"] == 3 * flops / run.WINDOW
+    assert work["flops"] == 3 * flops / window
 
 
-ON_LIGHTNING = [name for name, arm in run.ARMS.items() if arm.trainer is not None]
+ON_LIGHTNING = [name for name, arm in lightning.ARMS.items() if arm.trainer is not None]
 
 
-@pytest.mark.parametrize("name", [a for a in ON_LIGHTNING if run.ARMS[a].modlee is None])
+@pytest.mark.parametrize("name", [a for a in ON_LIGHTNING if lightning.ARMS[a].modlee is None])
 def test_every_arm_trains_like_the_raw_loop(prepared, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ends = []
     for arm in ("raw", name):
         config, model, loaders, state = bench_case(prepared, clip_norm=1.0)
-        run.run_arm(run.ARMS[arm], model, loaders, config, state, prepared)
+        lightning.run_arm(lightning.ARMS[arm], model, loaders, config, state, prepared)
         ends.append((state, model))
     assert same_path(ends[0][0], ends[1][0]) and same_weights(ends[0][1], ends[1][1])
     left = [path.name for path in tmp_path.rglob("*") if path.is_file()]
-    assert any(file.endswith(".ckpt") for file in left) == (name in ("checkpoint", "defaults"))
+    assert any(file.endswith(".ckpt") for file in left) == (name in ("save", "defaults"))
     # By itself Lightning logs to TensorBoard where that is installed.
     logs = [file for file in left if file.endswith(".csv") or ".tfevents." in file]
     assert bool(logs) == (name in ("log", "defaults"))
@@ -2923,25 +2943,27 @@ def test_every_arm_trains_like_the_raw_loop(prepared, name, tmp_path, monkeypatc
 def test_the_phases_of_a_step_are_timed_without_a_remainder(prepared, monkeypatch):
     """Every phase is called as often as it should be, and is itself again afterwards."""
     config, model, loaders, state = bench_case(prepared)
-    timer, ticks = run.TurnTimer(None, torch.device("cpu"), state), itertools.count()
+    timer, ticks, steps = lightning.TurnTimer(None, torch.device("cpu")), itertools.count(), []
     monkeypatch.setattr(timer, "clock", lambda: next(ticks))
-    loss, backward = run.batch_loss, torch.Tensor.backward
-    with run.timed_phases(timer, wait=True):
+    monkeypatch.setattr(lightning.TurnTimer, "__call__", lambda _, state: steps.append(state.step))
+    loss, backward, start_step = run.batch_loss, torch.Tensor.backward, run.start_step
+    with lightning.timed_phases(timer, wait=True):
         run.train_raw(model, *loaders, config, state)
-    steps, validated = run.WINDOW, len(loaders[1])
-    assert timer.phases.pop("forward") == steps + validated
-    assert timer.phases.pop("data") >= steps + validated
-    assert timer.phases == dict.fromkeys(("backward", "clipping", "optimizer"), steps)
-    assert (run.batch_loss, torch.Tensor.backward) == (loss, backward)
+    count, validated = lightning.WINDOW, len(loaders[1])
+    assert steps == list(range(count))
+    assert timer.phases.pop("forward") == count + validated
+    assert timer.phases.pop("data") >= count + validated
+    assert timer.phases == dict.fromkeys(("backward", "clipping", "optimizer"), count)
+    assert (run.batch_loss, torch.Tensor.backward, run.start_step) == (loss, backward, start_step)
 
 
 def test_a_median_has_an_interval_that_a_stall_does_not_move():
     noise = 0.01 * np.random.default_rng(1).standard_normal(40)
-    middle, low, high = run.median_interval(0.2 + noise)
+    middle, low, high = harness.median_interval(0.2 + noise)
     assert low < 0.2 < high and high - low < 0.02
     stalled = 0.2 + noise
     stalled[3] += 30  # one stall of the machine
-    assert run.median_interval(stalled)[0] == pytest.approx(middle, abs=0.005)
+    assert harness.median_interval(stalled)[0] == pytest.approx(middle, abs=0.005)
 
 
 def served(name: str, order: list, loss: float = 5.0):
@@ -2949,38 +2971,36 @@ def served(name: str, order: list, loss: float = 5.0):
 
     def ask(*question) -> dict:
         order.append(name)
-        parts, loop = {"forward": 0.8, "backward": 1.2}, len(name) * 1e-3 * run.WINDOW
-        measured = {"whole": 2.0 + loop, "loop": loop, "phases": parts, "losses": [(20, loss)]}
-        return measured | {"peak": 2**20}
+        phases, loop = {"forward": 0.8, "backward": 1.2}, len(name) * 1e-3 * lightning.WINDOW
+        answer = {"whole": 2.0 + loop, "loop": loop, "phases": phases, "losses": [(20, loss)]}
+        return answer | {"peak": 2**20}
 
     return ask
 
 
-def test_arms_take_turns_there_and_back_once_their_losses_agree():
-    order, names, bar = [], ["raw", "off", "clip"], Mock()
+def test_arms_take_turns_there_and_back_and_their_losses_agree():
+    order, names = [], ["raw", "off", "clip"]
     serve = {name: served(name, order) for name in names}
-    found = run.take_turns(serve, 2, bar)
+    answers = harness.take_turns(serve, 3, Mock())
     assert order == [*names, *reversed(names), *names]
-    assert [len(answers) for answers in found.values()] == [3, 3, 3]
+    assert [len(found) for found in answers.values()] == [3, 3, 3]
+    lightning.check_losses(answers)
     serve["clip"] = served("clip", order, 5.0000001)
-    del order[:]
-    with pytest.raises(data.InputError, match="nothing was timed"):
-        run.take_turns(serve, 2, bar)
-    assert order == names
+    with pytest.raises(InputError, match="Trainer are .* the times cannot be compared"):
+        lightning.check_losses(harness.take_turns(serve, 1, Mock()))
 
 
 def test_costs_are_itemised_and_drawn(tmp_path, capsys):
-    from benchmarks import figures
-
     report = {"rows": [], "sizes": {}, "left_out": {"Modlee": "not installed"}}
     report |= {"precision": "fp32", "machine": "a machine", "matmul_gflops": 100.0}
     report |= {"versions": run.versions()}
     for size, flops in {"small": 1e9, "demo": 4e9}.items():
         work = {"source_tokens": 10, "target_tokens": 20, "flops": flops}
         report["sizes"][size] = work
-        for group in run.GROUPS[: 1 if size == "small" else None]:
-            found = run.take_turns({name: served(name, []) for name in group}, 3, Mock())
-            report["rows"] += run.describe_arms(size, found, work, 1e11)
+        for group in lightning.GROUPS[: 1 if size == "small" else None]:
+            serve = {name: served(name, []) for name in group}
+            answers = harness.take_turns(serve, 4, Mock())
+            report["rows"] += lightning.describe_arms(size, answers, work, 1e11)
     rows = {row["arm"]: row for row in report["rows"] if row["size"] == "demo"}
     assert rows["clip"]["beside"] == "off" and rows["modlee-data"]["beside"] == "autolog"
     assert rows["clip"]["more_loop_ms"] == pytest.approx([1, 1, 1])  # clip - off letters
@@ -2989,46 +3009,47 @@ def test_costs_are_itemised_and_drawn(tmp_path, capsys):
     assert rows["raw"]["ms"] == pytest.approx(103)
     phases = {"forward": 40.0, "backward": 60.0, "loop": float(len("phases"))}
     assert rows["phases"]["phases_ms"] == pytest.approx(phases)
-    run.print_bench(report)
+    lightning.print_bench(report)
     printed = capsys.readouterr().out
-    assert all(run.ARMS[name].label in printed for name in run.ARMS)
+    assert all(arm.label in printed for arm in lightning.ARMS.values())
     figures.draw_bench(report, tmp_path / "bench.png")
     assert (tmp_path / "bench.png").stat().st_size > 20_000
 
 
 def test_bench_times_arms_in_processes_of_their_own(tmp_path, capsys, monkeypatch):
-    """Two arms, three turns; and a trace of ten steps."""
-    monkeypatch.setattr(run, "GROUPS", (("raw", "adapter"),))
-    monkeypatch.setattr(run, "BENCH_SIZES", {"cpu": {"small": {}, "demo": TINY_BENCH}})
+    """Two arms, three turns; one that cannot begin; a trace of ten steps."""
+    broken = lightning.Arm("broken", {"max_steps": "none"})
+    monkeypatch.setattr(lightning, "ARMS", lightning.ARMS | {"broken": broken})
+    monkeypatch.setattr(lightning, "GROUPS", (("raw", "adapter", "broken"),))
+    monkeypatch.setattr(lightning, "SIZES", {"cpu": {"small": {}, "demo": TINY_BENCH}})
     report, trace = tmp_path / "bench.json", tmp_path / "trace.json"
     assert main("bench", "--quick", "--turns", 3, "--json", report) == 0
-    rows = {row["arm"]: row for row in json.loads(report.read_text())["rows"]}
+    found = json.loads(report.read_text())
+    rows = {row["arm"]: row for row in found["rows"]}
     assert rows.keys() == {"raw", "adapter"} and len(rows["raw"]["turns_ms"]) == 3
+    assert found["left_out"]["broken"].startswith("broken: ")
     low, high = rows["adapter"]["more_loop_ms"][1:]
     assert low <= high and rows["adapter"]["beside"] == "raw"
     assert "this adapter, --no-modlee" in capsys.readouterr().out
-    assert main("bench", "--profile", trace) == 0
+    for _ in range(2):  # it takes the place of its like
+        assert main("bench", "--profile", trace) == 0
     events = json.loads(trace.read_text())["traceEvents"]
     steps = [event["name"] for event in events if event["name"].startswith("ProfilerStep")]
     assert len(set(steps)) == 10
-
-
-TINY_BENCH = {"d_model": 16, "nhead": 2, "dim_feedforward": 32, "batch_size": 16}
+    assert main("bench", "--profile", report) == 2
 
 
 def test_all_trainees_learn_the_same_task(prepared):
     """At the same start the losses of those that do the task right are alike."""
-    from benchmarks import train
-
     config = dataclasses.replace(tiny_model(dropout=0.0).config, vocab_size=400)
     for kind in ("buckets", "longest", "fixed"):
-        batches, lengths = train.cut_batches(prepared.train, kind, 600, 3, 1)
+        batches, lengths = train_bench.cut_batches(prepared.train, kind, 600, 3, 1)
         real = sum(ids.ne(0).sum().item() for batch in batches for ids in batch)
         assert len(batches) == 3 and real == sum(map(sum, lengths))
     for name in ("ours", "torch", "marian", "tutorial"):
         torch.manual_seed(0)
-        model = train.TRAINEES[name].build(config)
-        train.same_scale(model, config.d_model)
+        model = train_bench.TRAINEES[name].build(config)
+        train_bench.same_scale(model, config.d_model)
         loss = model(*batches[0])
         loss.backward()
         wrong = name == "tutorial"  # its loss counts pads
@@ -3037,20 +3058,18 @@ def test_all_trainees_learn_the_same_task(prepared):
 
 def test_the_benchmarks_print_and_write_their_figures(folder, tmp_path, capsys, monkeypatch):
     """Of two libraries each; `.ci/run` takes all."""
-    from benchmarks import decode, train
-
-    two = {name: train.TRAINEES[name] for name in ("ours", "torch", "torch-buckets")}
-    monkeypatch.setattr(train, "TRAINEES", two)
-    two = {name: decode.LIBRARIES[name] for name in ("ours", "transformers")}
-    monkeypatch.setattr(decode, "LIBRARIES", two)
+    two = {name: train_bench.TRAINEES[name] for name in ("ours", "torch", "torch-buckets")}
+    monkeypatch.setattr(train_bench, "TRAINEES", two)
+    two = {name: decode_bench.LIBRARIES[name] for name in ("ours", "transformers")}
+    monkeypatch.setattr(decode_bench, "LIBRARIES", two)
     more = {"dataset": ("phrasebook",), "tokenizer": "train:400", "size": "demo", "turns": 3}
     more |= {"steps": 1, "batch_tokens": 300, "json": str(tmp_path / "train.json")}
-    found = train.main(train.TrainBench(**more))
+    found = train_bench.main(train_bench.TrainBench(**more))
     assert {"ours", "torch", "torch-buckets"} == found["rows"].keys()
     assert all(len(row["ours_is_faster"]) == 3 for row in found["rows"].values())
     assert json.loads((tmp_path / "train.json").read_text())["rows"] == found["rows"]
     more = {"model": str(folder), "batch": (1, 3), "beam": (1, 2), "sentences": 4, "turns": 2}
-    found = decode.main(decode.DecodeBench(**more, max_new_tokens=6))
+    found = decode_bench.main(decode_bench.DecodeBench(**more, max_new_tokens=6))
     assert len(found["rows"]) == 4 * 2
     for row in found["rows"]:
         assert row["same_output"] == 4 or row["beam"] > 1
@@ -3348,11 +3367,9 @@ def test_every_command_of_the_readme_runs(line, workshop, hub_home, monkeypatch)
     if "ctranslate2" in words or "fast" in words:
         pytest.importorskip("ctranslate2")
     if "benchmarks.figures" in words:
-        from benchmarks import figures
-
         assert figures.main(words[3:]) == 0
     elif "bench" in words:
-        run.parse_command_line(words[2:])
+        tyro.cli(lightning.BenchConfig, args=words[3:])
     elif source or "--preset" in words or "torch.distributed.run" in words:
         arguments = [str(HERE / word) if word == "run.py" else word for word in words[1:]]
         with open(source or os.devnull) as file:

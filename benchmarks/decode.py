@@ -28,6 +28,7 @@ import tyro
 
 import data
 import run
+from benchmarks.harness import describe_machine, matmul_rate, serving, synchronize
 from run import InputError, TrainConfig
 from seq2seq import TransformerSeq2SeqModel, beam_search, greedy_decode
 
@@ -60,6 +61,8 @@ def reference_case(config: DecodeBench, device: torch.device):
         ids = [[*torch.randint(3, vocabulary, (length,)).tolist(), 1] for length in lengths]
         return model.eval(), Numbered(), ids
     model, tokenizer, languages = run.load_model(config.model, device)
+    if isinstance(model, run.Engine):
+        raise InputError(f"{config.model} is an exported folder: give the one it was made of")
     lines = (english for english, _ in data.phrasebook(config.sentences, seed=1))
     texts = [data.normalize(line, languages[0]) for line in islice(lines, config.sentences)]
     return model, tokenizer, data.encode_texts(texts, tokenizer)
@@ -175,7 +178,7 @@ def serve_library(name: str, config: DecodeBench, pipe) -> None:
     def decode(batches: list) -> tuple[list, float]:
         started = time.perf_counter()
         outputs = [output for rows in batches for output in library(rows, beam)]
-        run.synchronize(device)
+        synchronize(device)
         return outputs, time.perf_counter() - started
 
     with contextlib.suppress(EOFError):
@@ -224,14 +227,14 @@ def main(config: DecodeBench) -> dict:
     run.check_report(config.json)
     device = run.choose_device(config.device)
     model, _, sentences = reference_case(config, device)
-    rate = run.matmul_rate(device, torch.float32, 2048, 1.0)
+    rate = matmul_rate(device)
     names = [name for name in LIBRARIES if name == "ours" or find_spec(name.split()[0])]
-    report = run.describe_machine(device)
+    report = describe_machine(device)
     report |= {"model": dataclasses.asdict(model.config), "sentences": len(sentences)}
     report |= {"matmul_gflops": round(rate / 1e9, 1), "rows": []}
     total = len(config.batch) * len(config.beam) * len(names) * (config.turns + 1)
     jobs = {name: (name, config) for name in names}
-    with run.serving(serve_library, jobs) as serve, run.progress_bar(total=total) as bar:
+    with serving(serve_library, jobs) as serve, run.progress_bar(total=total) as bar:
         for ask in serve.values():
             ask()  # until it is loaded
         for size in config.batch:
@@ -246,7 +249,7 @@ def main(config: DecodeBench) -> dict:
             f"{row['tokens_per_second']:10,.0f}{row['ms_per_sentence']:13.2f}  {ratio}"
         )
     if config.json:
-        run.write_json(Path(config.json), report)
+        run.write_json(Path(config.json).expanduser(), report)
     return report
 
 

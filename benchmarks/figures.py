@@ -15,7 +15,8 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from run import ARMS, GROUPS, InputError, load_translator, split_text, write_file
+from benchmarks.lightning import ARMS, GROUPS
+from run import Engine, InputError, load_translator, split_text, write_file
 from seq2seq import cross_attention_weights
 
 HERE = Path(__file__).parent
@@ -120,7 +121,7 @@ def draw_attention(folder: str, text: str, path: Path) -> None:
     mean over heads and one per head, source tokens across, output tokens down."""
     translator = load_translator(folder, "cpu")
     model, tokenizer = translator.model, translator.tokenizer
-    if not hasattr(model, "decode_step"):
+    if isinstance(model, Engine):
         raise InputError(f"{folder} is an exported folder: give the one it was made of")
     source = split_text(text, tokenizer, model.config.max_length)[0]
     (best, *_) = translator.decode([source])[0]

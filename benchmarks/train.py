@@ -14,7 +14,6 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,6 +25,17 @@ from torch import Tensor, nn
 
 import data
 import run
+from benchmarks.harness import (
+    describe_machine,
+    matmul_rate,
+    median_interval,
+    memory_peak,
+    serving,
+    start,
+    synchronize,
+    take_turns,
+)
+from benchmarks.lightning import WIDE, WIDEST
 from positional import sinusoidal_positional_encoding
 from run import InputError, TrainConfig
 from seq2seq import (
@@ -37,7 +47,7 @@ from seq2seq import (
 )
 
 TUTORIAL_LENGTH = 50  # tokens to which the tutorial pads and cuts every sentence
-SIZES = {"demo": {}, "wide": run.WIDE, "tutorial": run.PAPER_BASE, "widest": run.WIDEST}
+SIZES = {"demo": {}, "wide": WIDE, "tutorial": run.PAPER_BASE, "widest": WIDEST}
 
 
 @dataclass(frozen=True)
@@ -243,7 +253,7 @@ def serve_trainee(
     batches = [[ids.to(device) for ids in batch] for batch in batches]
     pipe.send(None)
     while pipe.recv():
-        run.memory_peak(device, reset=True)
+        memory_peak(device, reset=True)
         started, losses = time.perf_counter(), []
         for batch in batches:
             optimizer.zero_grad(set_to_none=True)
@@ -252,8 +262,8 @@ def serve_trainee(
             loss.backward()
             optimizer.step()
             losses.append(loss.detach())
-        run.synchronize(device)
-        answer = {"seconds": time.perf_counter() - started, "memory": run.memory_peak(device)}
+        synchronize(device)
+        answer = {"seconds": time.perf_counter() - started, "memory": memory_peak(device)}
         pipe.send(answer | {"loss": torch.stack(losses).mean().item()})
 
 
@@ -325,16 +335,6 @@ def model_config(size: str, vocab_size: int) -> Seq2SeqConfig:
     return Seq2SeqConfig(vocab_size=vocab_size, **(sizes | {"max_length": 1024}))
 
 
-def take_turns(serve: dict[str, Callable], turns: int, bar) -> dict[str, list[dict]]:
-    """name -> answers; the first turn warms up and does not count."""
-    found = {name: [] for name in serve}
-    for turn in range(turns + 1):
-        for name in serve if turn % 2 else reversed(serve):
-            found[name].append(serve[name](True))
-            bar.update()
-    return {name: answers[1:] for name, answers in found.items()}
-
-
 def main(config: TrainBench) -> dict:
     """Few trainees at a time, which are close in time; ours is always there."""
     run.require(min(config.steps, config.max_length) >= 1, "--steps, --max-length: at least 1")
@@ -355,24 +355,18 @@ def main(config: TrainBench) -> dict:
         same = [[name for name in cases if cases[name][0].build is build] for build in builds]
         groups = [list(dict.fromkeys(["ours", *group])) for group in same]
         groups = [group for group in groups if len(group) > 1]
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    report = run.describe_machine(device) | {"precision": precision, "size": config.size}
+    report = describe_machine(device) | {"precision": precision, "size": config.size}
     report |= {"batch_tokens": budget, "rows": {}, "left_out": {}}
     peak, found = 0.0, {}
     total = (config.turns + 1) * sum(map(len, groups))
     with run.progress_bar(desc="train", total=total, unit="turn") as bar:
         for group in groups:
             # The best that the machine did at any time, or a slow moment would flatter all.
-            size = 2048 if device.type == "cpu" else 8192
-            peak = max(peak, run.matmul_rate(device, dtype, size, 1.0))
+            peak = max(peak, matmul_rate(device, precision))
             jobs = {name: (*cases[name][:3], config.device, precision) for name in group}
-            with run.serving(serve_trainee, jobs) as serve:
-                for name in list(serve):
-                    try:
-                        serve[name]()
-                    except InputError as error:
-                        report["left_out"][name] = str(error)
-                        del serve[name]
+            with serving(serve_trainee, jobs) as serve:
+                start(serve, report["left_out"])
+                take_turns(serve, 1, bar)  # to warm up
                 answers = take_turns(serve, config.turns, bar)
             for name in answers:
                 found.setdefault(name, []).append((answers[name], answers.get("ours")))
@@ -385,12 +379,12 @@ def main(config: TrainBench) -> dict:
             ratio = sum(map(sum, cases["ours"][3])) / sum(map(sum, lengths))
             seconds = zip(answers, beside)
             values = np.array([a["seconds"] / b["seconds"] * ratio for a, b in seconds])
-            row["ours_is_faster"] = [round(value, 3) for value in run.median_interval(values)]
+            row["ours_is_faster"] = [round(value, 3) for value in median_interval(values)]
         report["rows"][name] = row
     report["matmul_gflops"] = round(peak / 1e9, 1)
     print_rows(report)
     if config.json:
-        run.write_json(Path(config.json), report)
+        run.write_json(Path(config.json).expanduser(), report)
     return report
 
 

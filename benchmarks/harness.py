@@ -1,0 +1,135 @@
+"""What the benchmarks share: processes that take turns, the machine's rates, and statistics."""
+
+import contextlib
+import ctypes
+import math
+import multiprocessing
+import platform
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from run import InputError, versions
+
+
+@contextlib.contextmanager
+def serving(target: Callable, jobs: dict[str, tuple]) -> Iterator[dict[str, Callable]]:
+    """Run target(*arguments, pipe) in a process of its own for each name -> arguments of `jobs`.
+
+    Yields name -> function that sends what it is given, if anything, and returns the answer. A
+    process that answers with an InputError, or dies, raises it here.
+    """
+    context, processes, pipes = multiprocessing.get_context("spawn"), [], {}
+
+    def ask(name: str, *question):
+        try:
+            if question:
+                pipes[name].send(question)
+            answer = pipes[name].recv()
+        except (EOFError, OSError):
+            raise InputError(f"the process of {name} has died") from None
+        if isinstance(answer, InputError):
+            raise answer
+        return answer
+
+    try:
+        for name, arguments in jobs.items():
+            pipes[name], other_end = context.Pipe()
+            arguments = (target, *arguments, other_end)
+            processes.append(context.Process(target=begin_service, args=arguments, daemon=True))
+            processes[-1].start()
+            other_end.close()
+        yield {name: partial(ask, name) for name in jobs}
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def begin_service(target: Callable, *arguments) -> None:
+    """The first thing in a process that `serving` begins, and will kill."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # for the process that asks
+    # tqdm's own lock is a semaphore, which a killed process leaves behind.
+    tqdm.set_lock(threading.RLock())
+    target(*arguments)
+
+
+def start(serve: dict[str, Callable], left_out: dict[str, str]) -> None:
+    """Wait until all have begun; those that cannot go from `serve` to `left_out`, with the reason."""
+    for name in list(serve):
+        try:
+            serve[name]()
+        except InputError as error:
+            left_out[name] = str(error)
+            del serve[name]
+
+
+def take_turns(serve: dict[str, Callable], turns: int, bar) -> dict[str, list[dict]]:
+    """Ask each in turn, each order and then its reverse. Returns name -> answers [turns]."""
+    answers = {name: [] for name in serve}
+    for turn in range(turns):
+        for name in serve if turn % 2 == 0 else reversed(serve):
+            answers[name].append(serve[name](True))
+            bar.update()
+    return answers
+
+
+def median_interval(values: np.ndarray) -> list[float]:
+    """values [N] -> their median with its bootstrapped 95 % interval: [median, low, high]."""
+    picks = np.random.default_rng(0).integers(len(values), size=(2000, len(values)))
+    low, high = np.percentile(np.median(values[picks], axis=1), [2.5, 97.5])
+    return [float(np.median(values)), float(low), float(high)]
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what was asked of it."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def matmul_rate(device: torch.device, precision: str = "fp32", size: int = 0, seconds=1.0) -> float:
+    """FLOP/s of a product of two square matrices, the best seen in that time."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    size = size or (2048 if device.type == "cpu" else 8192)
+    a, b = torch.ones(2, size, size, device=device, dtype=dtype)
+    best, until = math.inf, time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        started = time.perf_counter()
+        a @ b
+        synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def memory_peak(device: torch.device, reset: bool = False) -> int | None:
+    """Peak memory in bytes since the last reset: of the device, or of this process on Linux."""
+    if device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated()
+    try:
+        if reset:
+            # Give back what others have freed, or this one would seem to need nothing.
+            ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")
+        status = Path("/proc/self/status").read_text()
+    except (OSError, AttributeError):  # no Linux, or another libc
+        return None
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+
+def describe_machine(device: torch.device) -> dict:
+    """What every report begins with."""
+    machine = f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} CPU threads"
+    if device.type == "cuda":
+        machine = torch.cuda.get_device_name()
+    command = shlex.join(["python", *sys.argv])
+    return {"command": command, "machine": machine, "versions": versions()}

@@ -1,0 +1,433 @@
+"""What Lightning and Modlee cost per training step, beside the raw loop: `python run.py bench`.
+
+Every arm is a process of its own and trains the same model on the same batches. Losses are compared
+before any time is. Arms take turns of `WINDOW` steps and are compared turn by turn: medians of the
+differences, with bootstrapped 95 % intervals. Beside whole steps stands the loop overhead: the time
+outside of data, forward, backward, clipping and optimizer, which all arms share.
+"""
+
+import contextlib
+import gc
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+
+import data
+import run
+from benchmarks.harness import (
+    describe_machine,
+    matmul_rate,
+    median_interval,
+    memory_peak,
+    serving,
+    start,
+    synchronize,
+    take_turns,
+)
+from run import PAPER_BASE, InputError, Prepared, State, TrainConfig, print_field, require
+from seq2seq import Seq2SeqConfig, count_flops
+
+WINDOW = run.LOG_EVERY  # steps in a turn: all that is periodic comes round once
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """What Lightning and Modlee cost per training step, beside the raw loop."""
+
+    quick: bool = False  # one group of arms, one size, a few turns
+    turns: int | None = None  # of 20 timed steps for every arm; None: 12, with --quick 4
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to train
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # arithmetic
+    json: str | None = None  # file for the figures
+    profile: str | None = None  # only write torch's trace of ten steps of the raw loop to this file
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to train."""
+
+    label: str
+    trainer: dict | None = None  # changes of the Trainer's arguments; None: the raw loop
+    callback: str | None = None  # one that is added, see `run_arm`
+    modlee: tuple[str, ...] | None = None  # which of its callbacks, by parts of their names
+    compile: bool = False
+    wait: bool = False  # for the device after each phase, which tells how long it takes
+
+
+OFF = {"enable_progress_bar": False, "callbacks": []}
+DEFAULTS = {"logger": True, "enable_checkpointing": True, "enable_model_summary": True}
+ALL = ("Data", "Transforms", "Model", "Code")
+ARMS = {
+    "raw": Arm("raw loop"),
+    "barebones": Arm("Lightning, barebones", {"barebones": True, "callbacks": []}),
+    "defaults": Arm("Lightning as it comes", DEFAULTS | {"callbacks": []}),
+    "adapter": Arm("this adapter, --no-modlee", {}),
+    "modlee": Arm("this adapter with Modlee", {}, modlee=ALL),
+    "compiled": Arm("raw loop, --compile", compile=True),
+    "phases": Arm("raw loop, phase by phase", wait=True),
+    "off": Arm("Lightning, all switched off", OFF),
+    "bar": Arm("+ progress bar", OFF | {"enable_progress_bar": True}),
+    "log": Arm("+ logging every step", OFF | {"logger": True, "log_every_n_steps": 1}, "log"),
+    "save": Arm("+ checkpoint every 20 steps", OFF | {"enable_checkpointing": True}, "save"),
+    "clip": Arm("+ clipping by Trainer", OFF | {"gradient_clip_val": TrainConfig.clip_norm}),
+    "autolog": Arm("Lightning, mlflow autolog", OFF, modlee=()),
+    "modlee-data": Arm("+ Modlee: data", OFF, modlee=ALL[:2]),
+    "modlee-model": Arm("+ Modlee: model", OFF, modlee=("ModelMeta", "Code")),
+}
+# Arms that take turns together, each compared to the first of its group. The first group is all
+# that --quick and the other sizes have.
+GROUPS = (
+    ("raw", "barebones", "defaults", "adapter", "modlee"),
+    ("raw", "compiled"),
+    ("off", "bar", "log", "save", "clip", "autolog"),
+    ("autolog", "modlee-data", "modlee-model"),
+    ("phases",),
+)
+SMALLEST = {"d_model": 64, "num_encoder_layers": 1, "num_decoder_layers": 1, "batch_size": 16}
+WIDE = {"d_model": 256, "nhead": 8, "dim_feedforward": 1024}
+WIDEST = PAPER_BASE | {"d_model": 1024, "nhead": 16, "dim_feedforward": 4096, "batch_size": 2048}
+# Three models; the costs of the middle one are itemised. A GPU gets larger ones.
+SIZES = {
+    "cpu": {"small": SMALLEST, "demo": {}, "wide": WIDE},
+    "cuda": {
+        "demo": {"batch_size": 512},
+        "tutorial": PAPER_BASE | {"batch_size": 2048},
+        "widest": WIDEST,
+    },
+}
+
+
+class RepeatingSampler(data.BucketBatchSampler):
+    """The same WINDOW batches over and over in one long epoch: any two turns are the same work."""
+
+    repeats = 1000
+
+    def set_epoch(self, epoch: int) -> None:
+        super().set_epoch(epoch)
+        self.batches = [self.batches[i % len(self.batches)] for i in range(WINDOW)] * self.repeats
+
+
+class TurnTimer:
+    """Called at the start of a step: after WINDOW of them it answers with what they took, and waits
+    until it is this arm's turn again."""
+
+    def __init__(self, pipe, device: torch.device):
+        self.pipe, self.device = pipe, device
+        self.waited = self.started = 0.0
+        self.phases: dict[str, float] = {}  # seconds, see `timed_phases`
+        self.events = []
+        if device.type == "cuda":
+            self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+
+    def clock(self) -> float:
+        """Seconds, which stand still while it waits."""
+        return time.perf_counter() - self.waited
+
+    def __call__(self, state: State) -> None:
+        if state.step % WINDOW:
+            return
+        paused = time.perf_counter()
+        self.pipe.send(self.measure(state) if state.step else None)
+        try:
+            self.pipe.recv()
+        except EOFError:
+            os._exit(0)
+        gc.collect()  # which no arm does by itself
+        # Threads fall asleep while others have their turn, and clocks go down.
+        matmul_rate(self.device, size=256, seconds=0.1)
+        memory_peak(self.device, reset=state.step == WINDOW)
+        self.phases.clear()
+        if self.events:
+            self.events[0].record()
+        self.waited += time.perf_counter() - paused
+        self.started = self.clock()
+
+    def measure(self, state: State) -> dict[str, object]:
+        """Seconds of the turn: `whole`, `loop` (outside of all phases), `enqueue` (until the host
+        was free) and `device`; peak memory; the losses."""
+        answer = {"enqueue": self.clock() - self.started}
+        if self.events:
+            self.events[1].record()
+        synchronize(self.device)
+        answer["whole"] = self.clock() - self.started
+        answer["loop"] = answer["whole"] - sum(self.phases.values())
+        if self.events:
+            answer["device"] = self.events[0].elapsed_time(self.events[1]) / 1e3
+        answer |= {"peak": memory_peak(self.device), "phases": dict(self.phases)}
+        return answer | {"losses": list(state.history["train"])}
+
+
+@contextlib.contextmanager
+def timed_phases(timer: TurnTimer, wait: bool = False) -> Iterator[None]:
+    """Call the timer before each step, and note in timer.phases how long is spent in what every arm
+    calls. What is left of a step is the loop around it. wait: for the device, after each phase."""
+    from torch.utils.data.dataloader import _BaseDataLoaderIter
+
+    def timed(name: str, function: Callable) -> Callable:
+        def wrapper(*arguments, **more):
+            started = timer.clock()
+            result = function(*arguments, **more)
+            if wait:
+                synchronize(timer.device)
+            timer.phases[name] = timer.phases.get(name, 0.0) + timer.clock() - started
+            return result
+
+        return wrapper
+
+    def start_step(optimizer, config: TrainConfig, state: State) -> None:
+        timer(state)
+        plain(optimizer, config, state)
+
+    plain = run.start_step
+    with contextlib.ExitStack() as patches:
+        patches.enter_context(patch.object(run, "start_step", start_step))
+        for name, owner, function in (
+            ("data", _BaseDataLoaderIter, "__next__"),
+            ("forward", run, "batch_loss"),
+            ("backward", Tensor, "backward"),
+            ("clipping", torch.nn.utils, "clip_grad_norm_"),
+            ("optimizer", sys.modules[torch.optim.Adam.__module__], "adam"),
+        ):
+            whole = timed(name, getattr(owner, function))
+            patches.enter_context(patch.object(owner, function, whole))
+        yield
+
+
+def bench_case(config: TrainConfig, prepared: Prepared, device: torch.device):
+    """(model, loaders, state): the same in every arm."""
+    model = run.build_model(config, prepared.tokenizer).to(device)
+    train, validation = run.build_loaders(config, prepared, device)
+    sampler = RepeatingSampler(*prepared.train.lengths, config.batch_size, config.seed)
+    train = torch.utils.data.DataLoader(
+        train.dataset, batch_sampler=sampler, collate_fn=train.collate_fn
+    )
+    return model, [train, validation], State(config, train)
+
+
+def run_arm(arm: Arm, model, loaders, config: TrainConfig, state: State, prepared) -> None:
+    """Train as the arm does, in the current folder."""
+    if arm.trainer is None:
+        run.train_raw(model, *loaders, config, state)
+        return
+    lightning, changes = run.import_lightning(), dict(arm.trainer)
+
+    class LogEveryStep(lightning.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            module.log("step_loss", outputs["loss"])
+
+    saving = partial(lightning.callbacks.ModelCheckpoint, os.getcwd(), every_n_train_steps=WINDOW)
+    if arm.callback:
+        changes["callbacks"] = [{"log": LogEveryStep, "save": saving}[arm.callback]()]
+    modlee = None if arm.modlee is None else run.import_modlee()
+    base = run.modlee_base() if modlee else lightning.LightningModule
+    adapter = run.adapter_class(base)(vars(model.config), model)
+    adapter.attach(config, state)
+    if "gradient_clip_val" in changes:  # Lightning's own way
+        theirs = lightning.LightningModule.configure_gradient_clipping
+        adapter.configure_gradient_clipping = partial(theirs, adapter)
+    fit = partial(run.train_lightning, adapter, *loaders, config, **changes)
+    if modlee:
+        run.ModleeRecord(modlee, config, prepared, arm.modlee).fit(adapter, fit)
+    else:
+        fit()
+
+
+def serve_arm(arm: Arm, config: TrainConfig, prepared: Prepared, device_name: str, pipe) -> None:
+    """An arm in this process, which is its own. Answers None once it could begin, and then, each
+    time it is asked, what the next WINDOW steps took."""
+    os.chdir(Path(config.mlruns).parent)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
+    try:
+        device = run.choose_device(device_name)
+        model, loaders, state = bench_case(config, prepared, device)
+        gc.disable()
+        require(not arm.compile or run.compile_model(model), "nothing can compile here")
+        with timed_phases(TurnTimer(pipe, device), arm.wait):
+            run_arm(arm, model, loaders, config, state, prepared)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the asking process must hear of it
+        pipe.send(InputError(f"{arm.label}: {type(error).__name__}: {data.one_line(error)}"))
+
+
+def check_losses(answers: dict[str, list[dict]]) -> None:
+    """InputError where an arm trains differently: what it took would say nothing."""
+    losses = {name: found[-1]["losses"] for name, found in answers.items()}
+    expected = next(iter(losses.values()))
+    for name, points in losses.items():
+        # Bit for bit where it can be: compiled code and GPUs add in another order.
+        exact = not ARMS[name].compile and not torch.cuda.is_available()
+        same = np.allclose(points, expected, rtol=0 if exact else 1e-2, atol=0)
+        what = f"the losses of {ARMS[name].label} are {points[-1]}, others have {expected[-1]}"
+        require(same, f"{what}: the times cannot be compared")
+
+
+def describe_work(sampler: data.BucketBatchSampler, config: Seq2SeqConfig) -> dict:
+    """What a step has to do, on average over a turn: tokens and FLOPs without pads."""
+    rows = np.concatenate(sampler.batches[:WINDOW])
+    source, target = sampler.source_lengths[rows], sampler.target_lengths[rows]
+    flops = 3 * sum(count_flops(config, *pair) for pair in zip(source.tolist(), target.tolist()))
+    work = {"source_tokens": source.sum(), "target_tokens": target.sum(), "flops": flops}
+    return {name: float(value) / WINDOW for name, value in work.items()}
+
+
+def describe_arms(size: str, answers: dict[str, list[dict]], work: dict, peak: float) -> list[dict]:
+    """The figures of a group, in milliseconds per step; each arm beside the first."""
+
+    def of(name: str, kind: str) -> np.ndarray:
+        """Of every turn but the warm-up."""
+        return np.array([answer[kind] for answer in answers[name][1:]]) * 1e3 / WINDOW
+
+    rows, base = [], next(iter(answers))
+    for name, (warm_up, *turns) in answers.items():
+        ms = float(np.median(of(name, "whole")))
+        peaks = [turn["peak"] for turn in turns if turn["peak"]]
+        phases = {
+            phase: float(np.median([turn["phases"][phase] for turn in turns])) * 1e3 / WINDOW
+            for phase in warm_up["phases"]
+        }
+        row = {
+            "size": size,
+            "arm": name,
+            "label": ARMS[name].label,
+            "beside": base,
+            "ms": ms,
+            "source_tokens_per_second": 1e3 * work["source_tokens"] / ms,
+            "target_tokens_per_second": 1e3 * work["target_tokens"] / ms,
+            "mfu": work["flops"] / (ms / 1e3) / peak,
+            "peak_mib": max(peaks) / 2**20 if peaks else None,
+            "warm_up_seconds": warm_up["whole"],
+            "turns_ms": of(name, "whole").tolist(),
+            "phases_ms": phases | {"loop": float(np.median(of(name, "loop")))},
+            # [median, low, high] of the differences turn by turn
+            "more_loop_ms": median_interval(of(name, "loop") - of(base, "loop")),
+            "more_whole_ms": median_interval(of(name, "whole") - of(base, "whole")),
+        }
+        for kind in ("device", "enqueue") if "device" in warm_up else ():
+            row[f"{kind}_ms"] = float(np.median(of(name, kind)))
+        rows.append(row)
+    return rows
+
+
+def print_bench(report: dict) -> None:
+    print_field("machine", f"{report['machine']}, {report['precision']}")
+    rate = f"{report['matmul_gflops']:,.0f} GFLOP/s"
+    print_field("matmul", f"{rate} at best in that precision, of which MFU is a share")
+    for what, reason in report["left_out"].items():
+        print_field("left out", f"{what}: {reason}")
+    for size, work in report["sizes"].items():
+        tokens = f"{work['source_tokens']:.0f} source and {work['target_tokens']:.0f} target tokens"
+        print(f"\n{size}: a step has {tokens}, {work['flops'] / 1e9:.1f} GFLOP")
+        print(
+            f"{'':30}ms a step  source, target tokens/s   MFU  peak MiB  warm-up   more ms a step "
+            "(95 %): loop overhead, whole step"
+        )
+        for row in (row for row in report["rows"] if row["size"] == size):
+            line = (
+                f"  {row['label']:28}{row['ms']:9.2f}  {row['source_tokens_per_second']:11,.0f}"
+                f" {row['target_tokens_per_second']:11,.0f}  {row['mfu']:4.0%}"
+                f"  {row['peak_mib'] or 0:8.0f}  {row['warm_up_seconds']:5.1f} s"
+            )
+            if row["arm"] != row["beside"]:
+                for kind in ("loop", "whole"):
+                    line += "  {:6.2f} ({:.2f} to {:.2f})".format(*row[f"more_{kind}_ms"])
+                line += f" than {ARMS[row['beside']].label}"
+            if "device_ms" in row:
+                line += f"; device {row['device_ms']:.2f}, enqueued in {row['enqueue_ms']:.2f} ms"
+            print(line)
+    for row in report["rows"]:
+        if row["arm"] == "phases":
+            phases = ", ".join(f"{name} {ms:.2f}" for name, ms in row["phases_ms"].items())
+            print(f"\na step of the raw loop, ms: {phases}")
+
+
+def profile_steps(config: TrainConfig, prepared: Prepared, device, path: Path) -> None:
+    """Write torch's trace of ten steps of the raw loop, after a turn of warming up."""
+    from torch.profiler import profile, schedule
+
+    model, loaders, _ = bench_case(config, prepared, device)
+    loaders[0].batch_sampler.repeats = 2
+    loaders[0].batch_sampler.set_epoch(0)
+    plain = run.start_step
+
+    def save(profiler) -> None:
+        run.write_file(path, lambda part: profiler.export_chrome_trace(str(part)))
+
+    def start_step(*arguments) -> None:
+        profiler.step()
+        plain(*arguments)
+
+    ten = schedule(wait=0, warmup=WINDOW, active=10, repeat=1)
+    with (
+        profile(schedule=ten, on_trace_ready=save) as profiler,  # of all devices there are
+        patch.object(run, "start_step", start_step),
+    ):
+        run.train_raw(model, *loaders, config, State(config, loaders[0]))
+    print_field("profile", f"ten steps of the raw loop: {path}")
+
+
+def main(arguments: list[str]) -> int:
+    """Group by group of arms and size by size; then the table."""
+    config = tyro.cli(BenchConfig, args=arguments, prog="python run.py bench")
+    run.check_report(config.json)
+    run.check_report(config.profile, mark='"schemaVersion"')
+    turns = config.turns or (4 if config.quick else 12)
+    require(turns >= 3, "--turns must be at least 3, or there is no interval")
+    device = run.choose_device(config.device)
+    precision = run.choose_precision(config.precision, device)
+    run.use_tensor_cores(device)
+    sizes = SIZES["cuda" if device.type == "cuda" else "cpu"]
+    middle = list(sizes)[1]
+    plan = [(middle, group) for group in (GROUPS[:1] if config.quick else GROUPS)]
+    plan += [(size, GROUPS[0]) for size in sizes if size != middle and not config.quick]
+    report = describe_machine(device) | {"precision": precision}
+    report |= {"steps_per_turn": WINDOW, "turns": turns, "sizes": {}, "rows": [], "left_out": {}}
+    if not find_spec("modlee"):
+        report["left_out"]["Modlee"] = "not installed"
+        plan = [(size, [a for a in group if ARMS[a].modlee is None]) for size, group in plan]
+        plan = [(size, group) for size, group in plan if len(group) > 1 or group == ["phases"]]
+    data.hub_reachable()  # or Modlee would try for minutes
+    peak = matmul_rate(device, precision)
+    report["matmul_gflops"] = peak / 1e9
+    total = sum((turns + 1) * len(group) for _, group in plan)
+    bar = run.progress_bar(desc="bench", total=total, unit="turn")
+    with bar, tempfile.TemporaryDirectory() as folder:
+        fixed = {"max_epochs": 1, "precision": precision, "mlruns": f"{folder}/mlruns"}
+        settings = {}
+        for size, changes in sizes.items():
+            pairs = max(6400, 25 * changes.get("batch_size", 64))
+            settings[size] = TrainConfig(**changes, **fixed, num_samples=pairs)
+        prepared = run.prepare_data(settings[middle])
+        if config.profile:
+            path = Path(config.profile).expanduser()
+            profile_steps(settings[middle], prepared, device, path)
+            return 0
+        for size, group in plan:
+            case = (settings[size], prepared, config.device)
+            with serving(serve_arm, {name: (ARMS[name], *case) for name in group}) as serve:
+                start(serve, report["left_out"])
+                warm_up = take_turns(serve, 1, bar)  # whose losses must agree
+                check_losses(warm_up)
+                timed = take_turns(serve, turns, bar)
+            answers = {name: warm_up[name] + timed[name] for name in timed}
+            check_losses(answers)
+            model, loaders, _ = bench_case(settings[size], prepared, device)
+            work = describe_work(loaders[0].batch_sampler, model.config)
+            report["sizes"][size] = work
+            report["rows"] += describe_arms(size, answers, work, peak)
+    print_bench(report)
+    if config.json:
+        run.write_json(Path(config.json).expanduser(), report)
+    return 0
