@@ -641,8 +641,7 @@ class State:
     loss that is not finite then raises Failed, unless it is of fp16, whose scaler skips such steps.
 
     Attributes:
-        step: optimizer steps done. epoch, batch: what is read next, from 0.
-        batches: of an epoch. total_steps: of the run.
+        step: optimizer steps done, of total_steps. epoch, batch: read next, of max_epochs, batches.
         history: name -> points (step, value): losses "train" and "validation" in nats per token,
             "learning_rate", "bleu".
         best, best_step, best_weights: the lowest validation loss, and what had it, on the CPU.
@@ -651,29 +650,27 @@ class State:
     """
 
     SAVED = ("step", "epoch", "batch", "history", "best", "best_step", "best_weights", "seconds")
-    SAVED += ("sums", "epoch_sums", "epoch_loss", "layout")
+    SAVED += ("sums", "epoch_sums", "epoch_loss")
 
     def __init__(self, config: TrainConfig, train_loader, save=None, after_epoch=None):
         """save: writes a checkpoint (dict) and returns where; after_epoch(state, model)."""
         self.config, self.write, self.after_epoch = config, save, after_epoch
         self.sampler, self.batches = train_loader.batch_sampler, len(train_loader)
         self.total_steps = config.max_epochs * math.ceil(self.batches / config.accumulate)
-        self.layout = (self.batches, config.accumulate, self.sampler.world)
         self.step = self.epoch = self.batch = 0
         self.history = {"train": [], "validation": [], "learning_rate": [], "bleu": []}
         self.best, self.best_step, self.best_weights = math.inf, 0, None
         self.pending: list[tuple[Tensor, int, int]] = []  # loss, tokens, step; still on the device
         self.sums = [0.0, 0]  # loss and tokens since the last point, of this process
         self.epoch_sums, self.epoch_loss = [0.0, 0], math.nan  # of all processes
-        self.seconds, self.checkpoint, self.parts, self.loaded = 0.0, None, {}, {}
-        self.signal, self.stop, self.handler = 0, False, None
-        self.started = self.saved = 0.0
+        self.seconds, self.saved, self.checkpoint, self.parts, self.loaded = 0.0, 0.0, None, {}, {}
+        self.signal, self.stop, self.handler, self.started = 0, False, None, 0.0
         self.loss = math.nan  # training loss of the newest point
         self.mlflow_run, self.sent, self.given_up = None, Counter(), set()  # of `log_epoch`
 
     def load(self, checkpoint: dict) -> None:
         """Go on from a checkpoint; what belongs to others waits for `begin`."""
-        vars(self).update(checkpoint["state"] | {"layout": self.layout})
+        vars(self).update(checkpoint["state"])
         self.loaded, self.sampler.start = checkpoint, (self.epoch, self.batch)
 
     def begin(self, **parts) -> None:
@@ -2098,16 +2095,19 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def check_report(name: str | None, mark: str | None = '"versions": {') -> None:
+def check_report(name: str | None, key: str | None = "versions") -> None:
     """InputError where a report could not be written in the end, or would take the place of a file
-    that is no such report, which `mark` tells; None: of any file."""
+    that is no JSON with this key; None: of any file."""
     if name is None:
         return
     path = Path(name).expanduser()
     fits = path.parent.is_dir() and (path.is_file() or not path.exists())
     require(fits, f"{path}: no file can be written there")
     if path.exists() and path.stat().st_size > 0:
-        alike = mark is not None and mark in path.read_text("utf-8", errors="replace")
+        try:
+            alike = key in json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, TypeError):
+            alike = False
         require(alike, f"{path} exists already and is no report; give another name")
 
 
@@ -2157,7 +2157,8 @@ def train(config: TrainConfig) -> int:
     config = name_output(config)
     output, checkpoints = Path(config.output).expanduser(), checkpoint_folder(config)
     digest = f"{digest_pairs(prepared.train)} {digest_pairs(prepared.validation)}"
-    about = {"settings": dataclasses.asdict(config), "data": digest}
+    layout = (len(loaders[0]), config.accumulate, loaders[0].batch_sampler.world)
+    about = {"settings": dataclasses.asdict(config), "data": digest, "layout": layout}
     save = partial(write_checkpoint, checkpoints, about)
     after_epoch = partial(log_epoch, config, prepared, checkpoints) if is_first_process() else None
     state = State(config, loaders[0], save, after_epoch)
@@ -2216,7 +2217,7 @@ def resume(state: State, model: nn.Module, checkpoint: dict, about: dict) -> Non
     same = all(was[size] == now[size] for size in MODEL_SIZES)
     require(same, f"the model of {name} has other sizes; leave them out")
     # Amid an epoch a number of a batch means another batch in another layout.
-    same = checkpoint["state"]["batch"] == 0 or checkpoint["state"]["layout"] == state.layout
+    same = checkpoint["state"]["batch"] == 0 or checkpoint["layout"] == about["layout"]
     what = "batch size, --accumulate and the number of processes must stay"
     require(same, f"{name} was stopped amid an epoch: {what}")
     model.load_state_dict(checkpoint["model"])
@@ -2405,7 +2406,7 @@ def translate(config: TranslateConfig) -> int:
 def evaluate(config: EvaluateConfig) -> int:
     check_ranges(config)
     check_report(config.json)
-    check_report(config.hypotheses, mark=None)
+    check_report(config.hypotheses, key=None)
     dataset = config.dataset
     if dataset is None:
         parts = [Path(config.model).expanduser() / f"{name}.tsv" for name in ("test", "validation")]

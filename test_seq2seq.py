@@ -2386,7 +2386,7 @@ sys.exit(run.main(sys.argv[1:]))
     checkpoints = tmp_path / "part.checkpoints"
     assert any(checkpoints.glob(".*.step-000000006.pt"))
     done = python("-c", script, "--resume", "part", cwd=tmp_path, env=env)
-    assert done.returncode == 0 and "after step 4 of part" in done.stdout, done.stderr
+    assert done.returncode == 0 and "resumed    after step 4 of" in done.stdout, done.stderr
     assert not any(checkpoints.glob(".*"))
 
 
@@ -2514,7 +2514,7 @@ def test_a_run_leaves_a_whole_model_folder_and_nothing_else(folder):
     for word in ("phrasebook", "no benchmark", "train:320", "cpu", "fp32", "lightning", "modlee"):
         assert word in out
     assert metrics["signature"] in out and out.count("translation  ") == 6
-    assert f"{folder}.checkpoints is kept for --resume {folder} --max-epochs 2" in out
+    assert f"{folder}.checkpoints is kept for --resume {folder}.checkpoints --max-epochs 2" in out
     assert (root / "stderr").read_text().count("\r") < 30, "few lines of progress in a file"
     assert [path.name for path in (root / "work").iterdir()] == ["runs"]
     left = [path for path in (root / "home").rglob("*") if path.is_file()]

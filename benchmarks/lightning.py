@@ -382,7 +382,7 @@ def main(arguments: list[str]) -> int:
     """Group by group of arms and size by size; then the table."""
     config = tyro.cli(BenchConfig, args=arguments, prog="python run.py bench")
     run.check_report(config.json)
-    run.check_report(config.profile, mark='"schemaVersion"')
+    run.check_report(config.profile, key="schemaVersion")
     turns = config.turns or (4 if config.quick else 12)
     require(turns >= 3, "--turns must be at least 3, or there is no interval")
     device = run.choose_device(config.device)
