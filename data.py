@@ -565,22 +565,21 @@ def hold_out(
 class PairDataset(Dataset):
     """Token ids of sentence pairs.
 
-    `dataset[i]` is (source ids [S] int64, target ids [T] int64), both ending in eos; it was read
-    at `dataset.places[i]`. `lengths`: tokens of each source and of each target, 2 x [N].
+    `dataset[i]` is (source ids [S] int64, target ids [T] int64), both ending in eos. `lengths`:
+    tokens of each source and of each target, 2 x [N].
     """
 
     def __init__(self, encoded: Iterable[tuple[Pair, list[int], list[int]]]):
         """What `encode` yields."""
-        self.places, self.sources, self.targets = [], [], []
-        for pair, source, target in encoded:
-            self.places.append(pair.place)
+        self.sources, self.targets = [], []
+        for _, source, target in encoded:
             self.sources.append(np.array(source, np.int32))
             self.targets.append(np.array(target, np.int32))
         sides = (self.sources, self.targets)
         self.lengths = tuple(np.array([len(ids) for ids in side], np.int64) for side in sides)
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.sources)
 
     def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
         return (

@@ -48,7 +48,7 @@ import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 from importlib import metadata
@@ -380,10 +380,10 @@ def prepare_data(config: TrainConfig) -> Prepared:
     return Prepared(tokenizer, train, fitting, validation, test or [], dict(dropped), lost)
 
 
-def read_held_out(config: TrainConfig, field: str) -> list[data.Pair] | None:
+def read_held_out(config: TrainConfig, option: str) -> list[data.Pair] | None:
     """The pairs of --validation-set or --test-set; None: some are to be held out. InputError where
     what was asked for by hand is not there."""
-    names = getattr(config, field)
+    names = getattr(config, option)
     if names is None:
         return None
     source = (names, None, "train")
@@ -392,8 +392,8 @@ def read_held_out(config: TrainConfig, field: str) -> list[data.Pair] | None:
         on_hub = data.is_on_hub(config.dataset)
         if not (on_hub and data.has_split(config.dataset[0], config.subset, names[0])):
             what = f"{' '.join(config.dataset)} has no split {names[0]!r}"
-            flag = f"--{field.replace('_', '-')}"
-            by_preset = PRESETS[config.preset].get(field) == names
+            flag = f"--{option.replace('_', '-')}"
+            by_preset = PRESETS[config.preset].get(option) == names
             require(by_preset, f"{flag}: {what}, and files end in {' '.join(data.FORMATS)}")
             data.note(f"{what}, as the preset has it")
             return None
@@ -1111,17 +1111,17 @@ def small_converter(modlee) -> object:
     return SmallConverter()
 
 
+@dataclass(eq=False)
 class ModleeRecord:
-    """One training run recorded by Modlee.
+    """One training run recorded by Modlee."""
 
-    Attributes: run_path: folder of the run. artifacts: names of the files in it. seconds: what
-    Modlee took.
-    """
-
-    def __init__(self, modlee, config: TrainConfig, prepared: Prepared, names=("",)):
-        """names: of Modlee's callbacks, those that contain one of these are used."""
-        self.modlee, self.config, self.prepared, self.names = modlee, config, prepared, names
-        self.seconds, self.run_path, self.artifacts = 0.0, "", []
+    modlee: object  # the package
+    config: TrainConfig
+    prepared: Prepared
+    names: tuple[str, ...] = ("",)  # which of its callbacks, by parts of their names
+    seconds: float = 0.0  # what Modlee took
+    run_path: str = ""  # folder of the run
+    artifacts: tuple[str, ...] = ()  # names of the files in it
 
     def fit(self, adapter, fit: Callable[[], None]) -> None:
         """Run `fit` inside an MLflow run, with Modlee's callbacks on the adapter."""
@@ -1143,7 +1143,7 @@ class ModleeRecord:
                 self.run_path = self.modlee.last_run_path()
         root = Path(self.run_path) / "artifacts"
         files = (path for path in root.rglob("*") if path.is_file())
-        self.artifacts = sorted(str(path.relative_to(root)) for path in files)
+        self.artifacts = tuple(sorted(str(path.relative_to(root)) for path in files))
 
     def callbacks(self, adapter, undo: contextlib.ExitStack) -> list:
         """Modlee's own, behind one that notes the state they are going to change."""
@@ -1608,6 +1608,7 @@ def recording(state: State) -> Iterator[None]:
 # ---- translating and scoring ---------------------------------------------------------------------
 
 
+@dataclass(eq=False)
 class Translator:
     """A model that turns lines into lines.
 
@@ -1615,26 +1616,19 @@ class Translator:
     in a window they are sorted by length and batched by tokens, so that batches hold few pads. What
     is longer than the model was trained for is split at the ends of sentences, clauses or words,
     and translated in pieces.
-
-    Attributes: notes: what happened -> (how many lines, numbers of the first of them, from 1).
     """
 
-    def __init__(
-        self,
-        model,  # a TransformerSeq2SeqModel or an Engine
-        tokenizer,
-        languages: tuple[str, str],
-        beam: int = 1,
-        length_penalty: float = 1.0,
-        batch_tokens: int = 2048,
-        num_return: int = 1,
-        scores: bool = False,
-        silent: bool = False,
-    ):
-        self.model, self.tokenizer, self.languages = model, tokenizer, languages
-        self.beam, self.length_penalty, self.batch_tokens = beam, length_penalty, batch_tokens
-        self.num_return, self.scores, self.silent = num_return, scores, silent
-        self.notes: dict[str, tuple[int, list[int]]] = {}
+    model: "TransformerSeq2SeqModel | Engine"
+    tokenizer: object
+    languages: tuple[str, str]
+    beam: int = 1
+    length_penalty: float = 1.0
+    batch_tokens: int = 2048
+    num_return: int = 1
+    scores: bool = False
+    silent: bool = False
+    # What happened -> how many lines, and the numbers of the first of them, from 1.
+    notes: dict[str, tuple[int, list[int]]] = field(default_factory=dict)
 
     def translate(self, lines: list[str]) -> list[str]:
         """The best translation of each line; an empty line stays empty."""
@@ -2318,7 +2312,7 @@ def describe_training(state: State, record: ModleeRecord | None, prepared: Prepa
     return {
         "modlee": record is not None,
         "run_path": record and record.run_path,
-        "artifacts": record.artifacts if record else [],
+        "artifacts": list(record.artifacts) if record else [],
         "modlee_seconds": record and round(record.seconds, 2),
         "steps": state.step,
         "skipped_steps": skipped,
