@@ -665,7 +665,7 @@ class State:
         self.epoch_sums, self.epoch_loss = [0.0, 0], math.nan  # of all processes
         self.seconds, self.saved, self.checkpoint, self.parts, self.loaded = 0.0, 0.0, None, {}, {}
         self.signal, self.stop, self.handler, self.started = 0, False, None, 0.0
-        self.loss = math.nan  # training loss of the newest point
+        self.bar = None  # of an epoch
         self.mlflow_run, self.sent, self.given_up = None, Counter(), set()  # of `log_epoch`
 
     def load(self, checkpoint: dict) -> None:
@@ -688,9 +688,13 @@ class State:
     def end_batch(self, loss_sum: Tensor) -> bool:
         """A batch was done; `loss_sum` [] may still be on its way. Returns whether an optimizer
         step ends with it."""
+        if self.bar is None:
+            title = f"epoch {self.epoch + 1}/{self.config.max_epochs}"
+            self.bar = progress_bar(desc=title, total=self.batches, initial=self.batch)
         tokens = self.sampler.target_tokens(self.batch)
         self.pending.append((loss_sum.detach(), tokens, self.step + 1))
         self.batch += 1
+        self.bar.update()
         return self.batch % self.config.accumulate == 0 or self.batch == self.batches
 
     def end_step(self) -> None:
@@ -710,8 +714,9 @@ class State:
         self.stop, self.sums = stop > 0, [0.0, 0]
         if tokens:
             self.epoch_sums = [self.epoch_sums[0] + loss, self.epoch_sums[1] + tokens]
-            self.loss = loss / tokens
-            self.history["train"].append((self.step, self.loss))
+            self.history["train"].append((self.step, loss / tokens))
+            shown = {"train_loss": f"{loss / tokens:.3f}", "left": time_left(self)}
+            self.bar.set_postfix(shown, refresh=False)
             rate = learning_rate(self.config, self.step - 1, self.total_steps)
             self.history["learning_rate"].append((self.step, rate))
         return late > 0
@@ -729,6 +734,8 @@ class State:
     def end_epoch(self, loss: float) -> None:
         """The epoch's steps were done and the model validated: nats per token."""
         due = self.log_losses()
+        if self.bar is not None:
+            self.bar = self.bar.close()
         self.seconds = time.perf_counter() - self.started
         if not math.isfinite(loss):
             raise diverged(self, f"the validation loss after step {self.step} is {loss}")
@@ -750,9 +757,7 @@ class State:
         """Write a checkpoint. Raises Failed rather than write weights that are not finite."""
         self.saved = time.perf_counter()
         self.settle()
-        for name, weight in self.parts["model"].state_dict().items():
-            if not weight.isfinite().all():
-                raise diverged(self, f"{name} after step {self.step} is not finite")
+        check_finite(self)
         if self.write:
             checkpoint = {name: part.state_dict() for name, part in self.parts.items()}
             state = {name: getattr(self, name) for name in self.SAVED}
@@ -760,8 +765,16 @@ class State:
 
 
 def diverged(state: State, what: str) -> Failed:
+    if state.bar is not None:
+        state.bar.close()  # or it would be drawn behind the message
     last = state.checkpoint or "none"
     return Failed(f"{what}; last good checkpoint: {last}; try a lower --learning-rate")
+
+
+def check_finite(state: State) -> None:
+    for name, weight in state.parts["model"].state_dict().items():
+        if not weight.isfinite().all():
+            raise diverged(state, f"{name} after step {state.step} is not finite")
 
 
 def time_left(state: State) -> str:
@@ -824,8 +837,6 @@ def train_raw(
     for epoch in range(state.epoch, config.max_epochs):
         sampler.set_epoch(epoch)  # leaves out what a resumed run has done
         model.train()
-        title = f"epoch {epoch + 1}/{config.max_epochs}"
-        bar = progress_bar(desc=title, total=state.batches, initial=state.batch)
         for index, batch in enumerate(prefetch(train_loader, device), state.batch):
             if index % config.accumulate == 0:
                 start_step(optimizer, config, state)
@@ -845,13 +856,8 @@ def train_raw(
                 scaler.step(optimizer)
                 scaler.update()
                 state.end_step()
-                if state.step % LOG_EVERY == 0:
-                    shown = {"train_loss": f"{state.loss:.3f}", "left": time_left(state)}
-                    bar.set_postfix(shown, refresh=False)
                 if state.stop and state.batch < state.batches:
                     return
-            bar.update()
-        bar.close()
         state.end_epoch(validate(model, validation_loader, config))
         if state.stop:
             return
@@ -921,8 +927,6 @@ def adapter_class(base: type) -> type:
             state = self.state
             if self.ends_step:
                 state.end_step()
-                if state.step % LOG_EVERY == 0:
-                    self.log("train_loss", state.loss, prog_bar=True)
                 if state.stop and state.batch < state.batches:
                     self.trainer.should_stop = True
                     self.trainer.limit_val_batches = 0  # it would validate before it stops
@@ -933,7 +937,7 @@ def adapter_class(base: type) -> type:
         def on_validation_epoch_end(self) -> None:
             loss = mean_loss(self.losses)  # over all processes
             self.losses.clear()
-            self.log("val_loss", loss, prog_bar=True, rank_zero_only=True)
+            self.log("val_loss", loss, rank_zero_only=True)
             self.state.end_epoch(loss)
             self.trainer.should_stop = self.trainer.should_stop or self.state.stop
 
@@ -947,7 +951,6 @@ def train_lightning(adapter, train_loader, validation_loader, config, **changes)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     precision = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
     ddp = lightning.strategies.DDPStrategy(broadcast_buffers=False)
-    refresh = LOG_EVERY if sys.stderr.isatty() else state.batches  # few lines in a file
     arguments = {
         "accelerator": "gpu" if device == "cuda" else device,
         "devices": here,
@@ -956,9 +959,9 @@ def train_lightning(adapter, train_loader, validation_loader, config, **changes)
         "precision": precision[config.precision],
         "max_epochs": config.max_epochs,
         "accumulate_grad_batches": config.accumulate,
-        "callbacks": [lightning.callbacks.TQDMProgressBar(refresh)],
         "logger": False,
         "enable_checkpointing": False,
+        "enable_progress_bar": False,  # the state has one, which costs less
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,
         "use_distributed_sampler": False,  # the batch sampler is already ours
@@ -2460,8 +2463,6 @@ def main(arguments: list[str]) -> int:
                 raise
         if not isinstance(error, Failed):
             reason = "out of memory; lower --batch-tokens or --batch-size, and raise --accumulate"
-        for bar in list(tqdm._instances):
-            bar.close()  # or Lightning's would wipe the message away
         print(f"\nerror: {reason}", file=sys.stderr)
         return 1
 

@@ -2947,7 +2947,7 @@ def served(name: str, order: list, loss: float = 5.0):
 
 
 def test_arms_take_turns_there_and_back_and_their_losses_agree():
-    order, names = [], ["raw", "off", "clip"]
+    order, names = [], ["raw", "bar", "clip"]
     serve = {name: served(name, order) for name in names}
     answers = harness.take_turns(serve, 3, Mock())
     assert order == [*names, *reversed(names), *names]
@@ -2970,9 +2970,9 @@ def test_costs_are_itemised_and_drawn(tmp_path, capsys):
             answers = harness.take_turns(serve, 4, Mock())
             report["rows"] += lightning.describe_arms(size, answers, work, 1e11)
     rows = {row["arm"]: row for row in report["rows"] if row["size"] == "demo"}
-    assert rows["clip"]["beside"] == "off" and rows["modlee-data"]["beside"] == "autolog"
-    assert rows["clip"]["more_loop_ms"] == pytest.approx([1, 1, 1])  # clip - off letters
-    assert rows["off"]["more_whole_ms"] == pytest.approx([0, 0, 0], abs=1e-9)
+    assert rows["clip"]["beside"] == "adapter" and rows["modlee-data"]["beside"] == "autolog"
+    assert rows["clip"]["more_loop_ms"] == pytest.approx([-3, -3, -3])  # clip - adapter letters
+    assert rows["raw"]["more_whole_ms"] == pytest.approx([0, 0, 0], abs=1e-9)
     assert rows["raw"]["mfu"] == pytest.approx(4e9 / (rows["raw"]["ms"] / 1e3) / 1e11)
     assert rows["raw"]["ms"] == pytest.approx(103)
     phases = {"forward": 40.0, "backward": 60.0, "loop": float(len("phases"))}

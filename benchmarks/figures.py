@@ -40,7 +40,7 @@ def draw_bench(report: dict, path: Path) -> None:
     raw = {row["size"]: row["ms"] for row in report["rows"] if row["arm"] == "raw"}
     figure = Figure(figsize=(12, 1.6 + 0.34 * max(len(items), 8)), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    colours = {"raw": "tab:blue", "off": "tab:orange", "autolog": "tab:green"}
+    colours = {"raw": "tab:blue", "adapter": "tab:orange", "autolog": "tab:green"}
     for place, row in enumerate(items):
         value, low, high = row["more_loop_ms"]
         label = f"beside: {ARMS[row['beside']].label}"

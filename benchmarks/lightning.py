@@ -67,32 +67,30 @@ class Arm:
     wait: bool = False  # for the device after each phase, which tells how long it takes
 
 
-OFF = {"enable_progress_bar": False, "callbacks": []}
-DEFAULTS = {"logger": True, "enable_checkpointing": True, "enable_model_summary": True}
+DEFAULTS = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
 ALL = ("Data", "Transforms", "Model", "Code")
 ARMS = {
     "raw": Arm("raw loop"),
-    "barebones": Arm("Lightning, barebones", {"barebones": True, "callbacks": []}),
-    "defaults": Arm("Lightning as it comes", DEFAULTS | {"callbacks": []}),
+    "barebones": Arm("Lightning, barebones", {"barebones": True}),
+    "defaults": Arm("Lightning as it comes", dict.fromkeys(DEFAULTS, True)),
     "adapter": Arm("this adapter, --no-modlee", {}),
     "modlee": Arm("this adapter with Modlee", {}, modlee=ALL),
     "compiled": Arm("raw loop, --compile", compile=True),
     "phases": Arm("raw loop, phase by phase", wait=True),
-    "off": Arm("Lightning, all switched off", OFF),
-    "bar": Arm("+ progress bar", OFF | {"enable_progress_bar": True}),
-    "log": Arm("+ logging every step", OFF | {"logger": True, "log_every_n_steps": 1}, "log"),
-    "save": Arm("+ checkpoint every 20 steps", OFF | {"enable_checkpointing": True}, "save"),
-    "clip": Arm("+ clipping by Trainer", OFF | {"gradient_clip_val": TrainConfig.clip_norm}),
-    "autolog": Arm("Lightning, mlflow autolog", OFF, modlee=()),
-    "modlee-data": Arm("+ Modlee: data", OFF, modlee=ALL[:2]),
-    "modlee-model": Arm("+ Modlee: model", OFF, modlee=("ModelMeta", "Code")),
+    "bar": Arm("+ Lightning's progress bar", {"enable_progress_bar": True}),
+    "log": Arm("+ logging every step", {"logger": True, "log_every_n_steps": 1}, "log"),
+    "save": Arm("+ checkpoint every 20 steps", {"enable_checkpointing": True}, "save"),
+    "clip": Arm("+ clipping by Trainer", {"gradient_clip_val": TrainConfig.clip_norm}),
+    "autolog": Arm("+ mlflow autolog", {}, modlee=()),
+    "modlee-data": Arm("+ Modlee: data", {}, modlee=ALL[:2]),
+    "modlee-model": Arm("+ Modlee: model", {}, modlee=("ModelMeta", "Code")),
 }
 # Arms that take turns together, each compared to the first of its group. The first group is all
 # that --quick and the other sizes have.
 GROUPS = (
     ("raw", "barebones", "defaults", "adapter", "modlee"),
     ("raw", "compiled"),
-    ("off", "bar", "log", "save", "clip", "autolog"),
+    ("adapter", "bar", "log", "save", "clip", "autolog"),
     ("autolog", "modlee-data", "modlee-model"),
     ("phases",),
 )
