@@ -231,7 +231,7 @@ def parse_command_line(arguments: list[str]):
     return "train", config
 
 
-if __name__ == "__main__" and HELP & set(sys.argv):
+if __name__ == "__main__" and HELP & set(sys.argv) and sys.argv[1] != "bench":
     parse_command_line(sys.argv[1:])  # answers and exits, before torch takes seconds to load
 # CTranslate2 shares torch's OpenMP, which reads this when it is loaded: its threads must not fall
 # asleep between two operations of the engine.
@@ -974,6 +974,8 @@ def train_lightning(adapter, train_loader, validation_loader, config, **changes)
         warnings.filterwarnings("ignore", ".*does not have many workers.*")
         # Our batch sampler begins where it should.
         warnings.filterwarnings("ignore", ".*dataloader is not resumable.*")
+        # A loss is a mean over all processes before it is logged.
+        warnings.filterwarnings("ignore", ".*sync_dist.*")
         warnings.filterwarnings("ignore", ".*LeafSpec.*")  # of the newest Lightning's own making
         trainer.fit(adapter, train_loader, validation_loader)
 
@@ -1132,18 +1134,25 @@ class ModleeRecord:
 
         # Advice on signatures and schemas that nobody asked for.
         logging.getLogger("mlflow").setLevel(logging.ERROR)
-        set_mlflow_store(self.config.mlruns)
-        # The constructor has asked for models and checkpoints to be stored once more.
-        mlflow.pytorch.autolog(log_datasets=False, log_models=False, checkpoint=False)
         root_handlers = logging.root.handlers[:]  # its logging.info() adds one that prints all
+        autolog = mlflow.pytorch.autolog  # the constructor has switched it on, with models
         with contextlib.ExitStack() as undo:
             undo.callback(setattr, logging.root, "handlers", root_handlers)
-            undo.callback(mlflow.pytorch.autolog, disable=True)  # it has patched Trainer.fit
+            undo.callback(autolog, disable=True)  # it has patched Trainer.fit
             callbacks = self.callbacks(adapter, undo)
+            try:
+                set_mlflow_store(self.config.mlruns)
+                autolog(log_datasets=False, log_models=False, checkpoint=False)
+                undo.enter_context(self.modlee.start_run())
+            except Exception as error:  # noqa: BLE001 - of whatever kind a store may raise
+                data.note(f"Modlee records nothing: {data.one_line(error)}")
+                autolog(disable=True)
+                callbacks = []
             adapter.configure_callbacks = lambda: callbacks
-            with self.modlee.start_run():
-                fit()
-                self.run_path = self.modlee.last_run_path()
+            fit()
+            if not callbacks:
+                return
+            self.run_path = self.modlee.last_run_path()
         root = Path(self.run_path) / "artifacts"
         files = (path for path in root.rglob("*") if path.is_file())
         self.artifacts = tuple(sorted(str(path.relative_to(root)) for path in files))
@@ -1263,8 +1272,10 @@ def naming_failures(path: Path) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: of torch's writer
+    except (OSError, SafetensorError) as error:
         raise OSError(f"cannot write {path}: {data.one_line(error)}") from None
+    except RuntimeError as error:  # of torch's writer, which does not say it
+        raise OSError(f"cannot write {path} (disk full?): {data.one_line(error)}") from None
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -1366,7 +1377,7 @@ def write_checkpoint(folder: Path, about: dict, checkpoint: dict) -> Path | None
     return path
 
 
-def read_checkpoint(folder: Path) -> dict:
+def read_checkpoint(folder: Path, silent: bool = False) -> dict:
     """The newest checkpoint that can be read; those that cannot are said. Nothing in them is
     executed. Raises InputError where there is none."""
     paths = sorted(folder.glob("step-*.pt"), reverse=True)
@@ -1378,18 +1389,21 @@ def read_checkpoint(folder: Path) -> dict:
                     raise ValueError(f"{damaged} is damaged")
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # noqa: BLE001 - of many kinds
-            data.note(f"{path} cannot be read ({data.one_line(error)})")
+            if not silent:
+                data.note(f"{path} cannot be read ({data.one_line(error)})")
     raise InputError(f"no checkpoint in {folder} can be read")
 
 
 def read_settings(resume: str) -> dict:
     """The settings of the run to resume, which flags change."""
     folder = checkpoint_folder(TrainConfig(resume=resume)).absolute()
-    settings = read_checkpoint(folder).get("settings", {})
+    settings = read_checkpoint(folder, silent=True).get("settings", {})
     known = {field.name for field in dataclasses.fields(TrainConfig)}
     require(settings.keys() == known, f"{resume} is of another version of this program")
     if folder.name.endswith(".checkpoints"):  # which may have been moved or renamed
         settings["output"] = str(folder).removesuffix(".checkpoints")
+    if (folder / "tokenizer").is_dir():
+        settings["tokenizer"] = str(folder / "tokenizer")
     return settings | {"resume": resume}
 
 
@@ -1443,7 +1457,8 @@ def settings_of_model(folder: str) -> tuple[dict, dict]:
     path = Path(folder).expanduser()
     try:
         content = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        fixed = {name: content["model"][name] for name in MODEL_SIZES} | {"tokenizer": folder}
+        fixed = {name: content["model"][name] for name in MODEL_SIZES}
+        fixed["tokenizer"] = str(path.absolute())
         languages = {name: content[name] for name in ("source_lang", "target_lang")}
         tied = content["model"]["tie_embeddings"]
     except (OSError, ValueError, LookupError, TypeError):
@@ -2102,10 +2117,11 @@ def check_report(name: str | None, key: str | None = "versions") -> None:
     require(fits, f"{path}: no file can be written there")
     if path.exists() and path.stat().st_size > 0:
         try:
-            alike = key in json.loads(path.read_text(encoding="utf-8"))
+            alike = key is not None and key in json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, TypeError):
             alike = False
-        require(alike, f"{path} exists already and is no report; give another name")
+        what = "" if key is None else " and is no report"
+        require(alike, f"{path} exists already{what}; give another name")
 
 
 def name_output(config: TrainConfig) -> TrainConfig:
@@ -2139,8 +2155,14 @@ def train(config: TrainConfig) -> int:
         way = f"continue it with --resume {shlex.quote(str(checkpoints))}, or delete that"
         free = config.resume is not None or not any(checkpoints.glob("step-*.pt"))
         require(free, f"{checkpoints} belongs to another run: {way}")
+        found = nearest_existing(checkpoints)
+        writable = found.is_dir() and os.access(found, os.W_OK)
+        require(writable, f"cannot write to {found}; give another --output")
     if config.resume is not None:
         checkpoint = read_checkpoint(checkpoint_folder(config))
+        was = checkpoint["settings"]
+        same = all(was[name] == size for name, size in sizes_of(config).items())
+        require(same, f"the model of {config.resume} has other sizes; leave them out")
     join_processes(device)
     use_tensor_cores(device)
 
@@ -2161,6 +2183,9 @@ def train(config: TrainConfig) -> int:
     state = State(config, loaders[0], save, after_epoch)
     if checkpoint is not None:
         resume(state, model, checkpoint, about)
+    elif config.init is not None and is_first_process():  # that model may be moved meanwhile
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        save_tokenizer(prepared.tokenizer, checkpoints / "tokenizer")
 
     with recording(state):
         record = None
@@ -2192,11 +2217,11 @@ def train(config: TrainConfig) -> int:
         scores = {name: metrics[name] for name in ("bleu", "chrf")}
         if config.mlruns != "none":
             attempt(state, "MLflow", partial(log_to_mlflow, config, state, **scores))
-    if record:
+    if record and record.run_path:
         print_field("modlee", f"took {record.seconds:.1f} s and recorded {record.run_path}")
         print_field("artifacts", ", ".join(record.artifacts))
-    if record and config.push:
-        record.push()
+        if config.push:
+            record.push()
     print_field("saved", f"{output}")
     more = f"--resume {shlex.quote(str(checkpoints))} --max-epochs {2 * config.max_epochs}"
     print_field("", f"{checkpoints} is kept for {more}; delete it otherwise")
@@ -2211,8 +2236,6 @@ def resume(state: State, model: nn.Module, checkpoint: dict, about: dict) -> Non
     way = "to train on others, start a new run from its model with --init"
     same = checkpoint["data"] == about["data"]
     require(same, f"the training pairs are not those of {name}: {way}")
-    same = all(was[size] == now[size] for size in MODEL_SIZES)
-    require(same, f"the model of {name} has other sizes; leave them out")
     # Amid an epoch a number of a batch means another batch in another layout.
     same = checkpoint["state"]["batch"] == 0 or checkpoint["layout"] == about["layout"]
     what = "batch size, --accumulate and the number of processes must stay"
@@ -2221,7 +2244,7 @@ def resume(state: State, model: nn.Module, checkpoint: dict, about: dict) -> Non
     state.load(checkpoint)
     print_field("resumed", f"after step {state.step} of {state.config.output}")
     for name in was:
-        if name != "resume" and was[name] != now[name]:
+        if name not in ("resume", "tokenizer") and was[name] != now[name]:
             print_field("", f"{name} {was[name]} -> {now[name]}")
 
 
@@ -2313,7 +2336,7 @@ def describe_training(state: State, record: ModleeRecord | None, prepared: Prepa
     losses = f"training {state.epoch_loss:.4f}, validation {state.best:.4f}{which}"
     print_field("loss", losses)
     return {
-        "modlee": record is not None,
+        "modlee": bool(record and record.run_path),
         "run_path": record and record.run_path,
         "artifacts": list(record.artifacts) if record else [],
         "modlee_seconds": record and round(record.seconds, 2),
@@ -2404,8 +2427,12 @@ def evaluate(config: EvaluateConfig) -> int:
     check_ranges(config)
     check_report(config.json)
     check_report(config.hypotheses, key=None)
+    different = config.json is None or config.json != config.hypotheses
+    require(different, "--json and --hypotheses are the same file")
     dataset = config.dataset
     if dataset is None:
+        there = Path(config.model).expanduser().is_dir()
+        require(there, f"{config.model} is no model folder: it does not exist")
         parts = [Path(config.model).expanduser() / f"{name}.tsv" for name in ("test", "validation")]
         dataset = tuple(str(path) for path in parts if path.is_file())[:1]
         require(

@@ -1692,7 +1692,9 @@ def test_mistyped_flags_are_answered_with_exit_code_2(arguments, message, capsys
         (["translate", "--model", str(HERE)], "no model folder: config.json is missing"),
         (["translate", "--model", "x", "a\udcff"], "not valid UTF-8"),
         (["evaluate", "--model", "x", "--num-samples", "-1"], "at least 1"),
-        (["evaluate", "--model", "x"], "no test part of its own: add --dataset"),
+        (["evaluate", "--model", "x"], "x is no model folder: it does not exist"),
+        (["evaluate", "--model", str(HERE)], "no test part of its own: add --dataset"),
+        (["evaluate", "--model", "x", "--json", "a", "--hypotheses", "a"], "the same file"),
         (["evaluate", "--model", "no", "--dataset", "x.tsv"], "no model folder"),
         (["evaluate", "--model", "no", "--dataset", "phrasebook"], "the demo trains on"),
         (["evaluate", "--model", "no", "--json", str(HERE / "run.py")], "is no report"),
@@ -2251,7 +2253,7 @@ def test_a_failing_write_leaves_the_old_file(tmp_path):
         temporary.write_text("half")
         raise RuntimeError("disk full\nand more")
 
-    with pytest.raises(OSError, match=f"cannot write {path}: disk full and more"):
+    with pytest.raises(OSError, match=rf"cannot write {path} \(disk full\?\): disk full and more"):
         run.write_file(path, half)
     assert json.loads(path.read_text()) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.json"]
@@ -2400,6 +2402,9 @@ def test_a_run_is_resumed_extended_and_started_from(folder, tmp_path, capsys, mo
     assert main(*SMALL, "--init", model) == 2
     assert "untied embeddings" in capsys.readouterr().err
     (model / "config.json").write_text(json.dumps(config))
+    (copy / "a.checkpoints").touch()  # a file where checkpoints are to be
+    assert main(*SMALL, "--output", "a") == 2
+    assert "a.checkpoints; give another --output" in capsys.readouterr().err
     # Other pairs, the same weights and tokenizer, either loop: one step of next to nothing.
     flags = ["--init", str(model), "--dataset", str(pairs), "--max-epochs", "1", "--clip-norm"]
     flags += ["1e-9", "--learning-rate", "0", "--mlruns", "none", "--no-modlee"]
@@ -2409,6 +2414,9 @@ def test_a_run_is_resumed_extended_and_started_from(folder, tmp_path, capsys, mo
         assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
         tokenizers = [(path / "tokenizer.json").read_bytes() for path in (model, copy / loop)]
         assert tokenizers[0] == tokenizers[1]
+    model.rename(copy / "moved")  # which the new run needs no more
+    more = ("--max-epochs", 2, "--no-modlee", "--learning-rate", 1e-3)
+    assert main("--resume", "raw", *more) == 0
     assert settings["loop"] == "lightning"
 
 
@@ -3247,6 +3255,16 @@ def test_a_recorded_model_can_be_rebuilt(recorded):
     rebuilt.model.load_state_dict(model.state_dict())
     source, target = random_ids(2, 6), random_ids(2, 5)
     assert torch.equal(rebuilt.model.eval()(source, target), model.eval()(source, target))
+
+
+@needs_modlee
+def test_a_store_that_fails_costs_the_record_and_not_the_run(
+    prepared, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(run, "TRACKING_URI", "foo://bar")
+    _, state, record = fit(prepared, "lightning", True, tmp_path, max_epochs=1)
+    assert "Modlee records nothing: " in capsys.readouterr().err
+    assert state.epoch == 1 and not record.run_path
 
 
 @needs_modlee
