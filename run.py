@@ -287,6 +287,9 @@ RANGES = (  # flags of whichever command, lowest and highest value
 
 
 def check_ranges(config) -> None:
+    for name in ("dataset", "validation_set", "test_set"):
+        flag = f"--{name.replace('_', '-')}"
+        require(getattr(config, name, None) != (), f"{flag} needs a value")
     for names, low, high in RANGES:
         for name in names:
             value, flag = getattr(config, name, None), f"--{name.replace('_', '-')}"

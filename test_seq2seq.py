@@ -1666,6 +1666,7 @@ def test_mistyped_flags_are_answered_with_exit_code_2(arguments, message, capsys
         (["--validation-size", "1.5"], "whole number"),
         (["--warmup", "0.8"], "more than all steps"),
         (["--output", ""], "needs a name"),
+        (["--dataset"], "--dataset needs a value"),
         (["--seed", "-1"], "must be at least"),
         (["--learning-rate", "nan"], "must be at least"),
         (["--max-length", "1000000000"], "at most 65536"),
