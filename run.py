@@ -245,7 +245,9 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 # folder of files that Modlee writes to.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
-TRACKING_URI = os.environ.get("MLFLOW_TRACKING_URI")  # of the user; MLflow sets the variable too
+TRACKING_URI = (
+    os.environ.get("MLFLOW_TRACKING_URI") or None
+)  # of the user; MLflow sets the variable too
 
 import numpy as np
 import torch
@@ -711,7 +713,7 @@ class State:
 
     def log_losses(self) -> bool:
         """Make a point of all batches since the last one. Returns whether a checkpoint is due."""
-        self.settle()
+        settle_losses(self)
         late = time.perf_counter() - self.saved >= 60 * self.config.checkpoint_every
         loss, tokens, stop, late = sum_over_processes(*self.sums, self.signal != 0, late)
         self.stop, self.sums = stop > 0, [0.0, 0]
@@ -723,16 +725,6 @@ class State:
             rate = learning_rate(self.config, self.step - 1, self.total_steps)
             self.history["learning_rate"].append((self.step, rate))
         return late > 0
-
-    def settle(self) -> None:
-        """Wait for the losses that are on their way, and add them up."""
-        losses = torch.stack([loss for loss, _, _ in self.pending]).tolist() if self.pending else []
-        for loss, (_, tokens, step) in zip(losses, self.pending):
-            if math.isfinite(loss):
-                self.sums = [self.sums[0] + loss, self.sums[1] + tokens]
-            elif self.config.precision != "fp16":
-                raise diverged(self, f"the loss of step {step} is {loss}")
-        self.pending.clear()
 
     def end_epoch(self, loss: float) -> None:
         """The epoch's steps were done and the model validated: nats per token."""
@@ -759,12 +751,23 @@ class State:
     def save(self) -> None:
         """Write a checkpoint. Raises Failed rather than write weights that are not finite."""
         self.saved = time.perf_counter()
-        self.settle()
+        settle_losses(self)
         check_finite(self)
         if self.write:
             checkpoint = {name: part.state_dict() for name, part in self.parts.items()}
             state = {name: getattr(self, name) for name in self.SAVED}
             self.checkpoint = self.write(checkpoint | {"state": state})
+
+
+def settle_losses(state: State) -> None:
+    """Wait for the losses that are still on the device, and add them up."""
+    losses = torch.stack([loss for loss, _, _ in state.pending]).tolist() if state.pending else []
+    for loss, (_, tokens, step) in zip(losses, state.pending):
+        if math.isfinite(loss):
+            state.sums = [state.sums[0] + loss, state.sums[1] + tokens]
+        elif state.config.precision != "fp16":
+            raise diverged(state, f"the loss of step {step} is {loss}")
+    state.pending.clear()
 
 
 def diverged(state: State, what: str) -> Failed:
@@ -1393,7 +1396,8 @@ def read_checkpoint(folder: Path, silent: bool = False) -> dict:
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # noqa: BLE001 - of many kinds
             if not silent:
-                data.note(f"{path} cannot be read ({data.one_line(error)})")
+                data.note(f"{path} cannot be read ({data.one_line(error)}): it is set aside")
+                path.rename(path.with_suffix(".damaged"))  # and counts as none of the newest
     raise InputError(f"no checkpoint in {folder} can be read")
 
 
@@ -2131,6 +2135,8 @@ def name_output(config: TrainConfig) -> TrainConfig:
     """With a name for the model folder, the same in all processes and no other run's: it is claimed
     by making the folder of its checkpoints."""
     names = [config.output]
+    if config.output is not None and is_first_process():
+        checkpoint_folder(config).mkdir(parents=True, exist_ok=True)  # or fail before training
     now = f"runs/{datetime.now():%Y%m%d-%H%M%S}-{config.preset}"
     for number in count(1):
         if names[0] is not None or not is_first_process():

@@ -2192,6 +2192,7 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_it_used(damage, tmp_pat
     checkpoint = run.read_checkpoint(newest.parent)
     assert checkpoint["state"]["step"] == 1 and (checkpoint["w"] == 1).all()
     assert f"note: {newest} cannot be read" in capsys.readouterr().err
+    assert newest.with_suffix(".damaged").exists() and not newest.exists()
     assert not (tmp_path / "owned").exists()
 
 
