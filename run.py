@@ -122,6 +122,10 @@ class TrainConfig:
     push: bool = False  # upload what Modlee recorded; needs MODLEE_API_KEY
     mlruns: str = "runs/mlruns"  # store of Modlee and MLflow; none: nothing is recorded
 
+    @property
+    def languages(self) -> tuple[str, str]:
+        return self.source_lang, self.target_lang
+
 
 # The base size of "Attention Is All You Need", which the tutorial takes as well.
 PAPER_BASE = {"d_model": 512, "nhead": 8, "dim_feedforward": 2048}
@@ -225,7 +229,7 @@ def parse_command_line(arguments: list[str]):
     defaults = TrainConfig(**settings)
     config = tyro.cli(TrainConfig, args=arguments, prog="python run.py", default=defaults)
     for name, value in fixed.items():
-        flag = f"--{name.replace('_', '-')} {getattr(config, name)}"
+        flag = f"{flag_of(name)} {getattr(config, name)}"
         same = getattr(config, name) == value
         require(same, f"{flag}: {config.init} has {value}; leave the flag out")
     return "train", config
@@ -271,6 +275,11 @@ SHOWN = 6  # translations printed after training
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+def flag_of(name: str) -> str:
+    """The flag of a field."""
+    return "--" + name.replace("_", "-")
+
+
 def require(holds: bool, message: str) -> None:
     if not holds:
         raise InputError(message)
@@ -290,21 +299,22 @@ RANGES = (  # flags of whichever command, lowest and highest value
 
 def check_ranges(config) -> None:
     for name in ("dataset", "validation_set", "test_set"):
-        flag = f"--{name.replace('_', '-')}"
-        require(getattr(config, name, None) != (), f"{flag} needs a value")
+        require(getattr(config, name, None) != (), f"{flag_of(name)} needs a value")
     for names, low, high in RANGES:
         for name in names:
-            value, flag = getattr(config, name, None), f"--{name.replace('_', '-')}"
+            value = getattr(config, name, None)
             holds = value is None or low <= value <= high  # NaN does not
-            require(holds, f"{flag} must be at least {low} and at most {high}, not {value}")
+            require(
+                holds, f"{flag_of(name)} must be at least {low} and at most {high}, not {value}"
+            )
 
 
 def check_training(config: TrainConfig) -> None:
     """InputError for settings that cannot be, before anything is read or written."""
     check_ranges(config)
     for name in ("validation_size", "test_size"):
-        value, flag = getattr(config, name), f"--{name.replace('_', '-')}"
-        require(value < 1 or value % 1 == 0, f"{flag}: a share below 1 or a whole number")
+        value = getattr(config, name)
+        require(value < 1 or value % 1 == 0, f"{flag_of(name)}: a share below 1 or a whole number")
     require(config.warmup + config.cooldown <= 1, "--warmup and --cooldown: more than all steps")
     require(config.output != "", "--output needs a name")
     require(not config.compile or config.loop == "raw", "--compile is for --loop raw")
@@ -345,7 +355,7 @@ class Prepared(NamedTuple):
 
 def prepare_data(config: TrainConfig) -> Prepared:
     """From sentence pairs to token ids; a vocabulary is learnt from the training pairs alone."""
-    languages = (config.source_lang, config.target_lang)
+    languages = config.languages
     kind, _, size = config.tokenizer.partition(":")
     learns = kind == "train"
     right = not learns or size.isdecimal()
@@ -397,12 +407,12 @@ def read_held_out(config: TrainConfig, option: str) -> list[data.Pair] | None:
         on_hub = data.is_on_hub(config.dataset)
         if not (on_hub and data.has_split(config.dataset[0], config.subset, names[0])):
             what = f"{' '.join(config.dataset)} has no split {names[0]!r}"
-            flag = f"--{option.replace('_', '-')}"
+            flag = flag_of(option)
             by_preset = PRESETS[config.preset].get(option) == names
             require(by_preset, f"{flag}: {what}, and files end in {' '.join(data.FORMATS)}")
             data.note(f"{what}, as the preset has it")
             return None
-    languages = (config.source_lang, config.target_lang)
+    languages = config.languages
     return whole_pairs(data.read_pairs(*source, languages, config.columns), " ".join(names))
 
 
@@ -1319,15 +1329,20 @@ def is_model_folder(folder: Path) -> bool:
     return (folder / "config.json").is_file() and (folder / "model.safetensors").is_file()
 
 
+def check_writable(folder: Path, other: str) -> None:
+    """InputError where nothing can be put into a folder, which need not exist yet."""
+    found = nearest_existing(folder)
+    writable = found.is_dir() and os.access(found, os.W_OK)
+    require(writable, f"cannot write to {found}; give another {other}")
+
+
 def check_output(folder: Path, replace: bool = False) -> None:
     """InputError where a folder cannot be created. replace: a model folder may stand there."""
     folder = folder.resolve()  # what a link or ".." leads to
     free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
     free = free or (replace and is_model_folder(folder))
     require(free and folder != Path.cwd(), f"{folder} exists already; give another name")
-    parent = nearest_existing(folder.parent)
-    writable = parent.is_dir() and os.access(parent, os.W_OK)
-    require(writable, f"cannot write to {parent}; give another place")
+    check_writable(folder.parent, "place")
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
@@ -1337,7 +1352,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     with naming_failures(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        before = temporary / "before"
+        before = temporary / ".before"
         try:
             fill(temporary)
             for path in temporary.iterdir():  # mkdtemp is private, a model need not be
@@ -1345,15 +1360,15 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
             temporary.chmod(0o755)
             if is_model_folder(folder):
                 os.replace(folder, before)
-                for path in before.iterdir():  # what others have put there stays
-                    if not (temporary / path.name).exists():
-                        os.replace(path, temporary / path.name)
             os.replace(temporary, folder)
         finally:
             if before.exists():
                 os.replace(before, folder)
             shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(folder / "before", ignore_errors=True)
+        for path in (folder / before.name).glob("*"):  # what others have put there stays
+            if not (folder / path.name).exists():
+                os.replace(path, folder / path.name)
+        shutil.rmtree(folder / before.name, ignore_errors=True)
 
 
 def checkpoint_folder(config: TrainConfig) -> Path:
@@ -1438,7 +1453,7 @@ def save_model(
     """Write a model folder, with the pairs that were held out."""
     from safetensors.torch import save_model as save_weights
 
-    languages = (config.source_lang, config.target_lang)
+    languages = config.languages
     content = {"format": 1, "source_lang": languages[0], "target_lang": languages[1]}
     content |= {"model": dataclasses.asdict(model.config), "training": dataclasses.asdict(config)}
     parts = {"validation.tsv": prepared.validation_pairs, "test.tsv": prepared.test_pairs}
@@ -1565,7 +1580,7 @@ def log_epoch(
     sources, references = (
         [prepared.validation_pairs[row][side] for row in rows] for side in (0, 1)
     )
-    languages = (config.source_lang, config.target_lang)
+    languages = config.languages
     found = Translator(model, prepared.tokenizer, languages, silent=True).translate(sources)
     bleu = score(found, references)["bleu"]
     state.history["bleu"].append((state.step, bleu))
@@ -2164,9 +2179,7 @@ def train(config: TrainConfig) -> int:
         way = f"continue it with --resume {shlex.quote(str(checkpoints))}, or delete that"
         free = config.resume is not None or not any(checkpoints.glob("step-*.pt"))
         require(free, f"{checkpoints} belongs to another run: {way}")
-        found = nearest_existing(checkpoints)
-        writable = found.is_dir() and os.access(found, os.W_OK)
-        require(writable, f"cannot write to {found}; give another --output")
+        check_writable(checkpoints, "--output")
     if config.resume is not None:
         checkpoint = read_checkpoint(checkpoint_folder(config))
         was = checkpoint["settings"]
@@ -2193,7 +2206,6 @@ def train(config: TrainConfig) -> int:
     if checkpoint is not None:
         resume(state, model, checkpoint, about)
     elif config.init is not None and is_first_process():  # that model may be moved meanwhile
-        checkpoints.mkdir(parents=True, exist_ok=True)
         save_tokenizer(prepared.tokenizer, checkpoints / "tokenizer")
 
     with recording(state):
@@ -2384,7 +2396,7 @@ def score_model(model, prepared: Prepared, config: TrainConfig, metrics: dict) -
     `metrics`."""
     part = "test" if prepared.test_pairs else "validation"
     pairs = prepared.test_pairs or prepared.validation_pairs
-    languages = (config.source_lang, config.target_lang)
+    languages = config.languages
     translator = Translator(model, prepared.tokenizer, languages, config.beam)
     hypotheses, scores = score_pairs(translator, pairs)
     metrics |= {"scored": part} | scores

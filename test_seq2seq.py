@@ -2384,8 +2384,10 @@ def test_a_run_is_resumed_extended_and_started_from(folder, tmp_path, capsys, mo
     assert "belongs to another run: continue it with --resume" in capsys.readouterr().err
     shutil.move(copy / "elsewhere", model)
     # More epochs; the model folder is replaced when there is a better one.
+    (model / "mine").mkdir()
     more = ("--no-modlee", "--mlruns", "none", "--max-epochs", 2, "--loop", "raw")
     assert main("--resume", model, *more) == 0
+    assert (model / "mine").is_dir() and not list(copy.rglob(".*")), "what others put there stays"
     said = capsys.readouterr().out
     assert "max_epochs 1 -> 2" in said and "loop lightning -> raw" in said and "seed" not in said
     assert json.loads((model / "metrics.json").read_text())["steps"] == 18
