@@ -6,6 +6,7 @@ Tests that need Modlee are skipped where it is not installed.
 """
 
 import contextlib
+import copy
 import csv
 import dataclasses
 import http.server
@@ -77,6 +78,7 @@ STEPS = int(os.environ.get("STEPS", "200"))
 LINES = int(os.environ.get("LINES", "500"))
 HAS_MODLEE = run.versions()["modlee"] is not None
 needs_modlee = pytest.mark.skipif(not HAS_MODLEE, reason="Modlee is not installed")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA")
 
 
 def tiny_model(seed: int = 0, **changes) -> TransformerSeq2SeqModel:
@@ -1892,13 +1894,14 @@ def test_a_compiled_model_has_the_same_loss_and_gradients(prepared):
 def fit(prepared, loop="raw", modlee=False, folder=None, freeze=(), checkpoint=None, **changes):
     """Train a tiny model with either loop. Returns (model, state, Modlee's record)."""
     hooks = {name: changes.pop(name, None) for name in ("save", "after_epoch")}
+    device = torch.device(changes.pop("device", "cpu"))
     settings = {"batch_size": 64, "max_epochs": 2, "seed": 5, "precision": "fp32"}
     settings |= {"mlruns": str(folder / "mlruns")} if folder else {}
     config = run.TrainConfig(**(settings | changes))
-    model = tiny_model(vocab_size=len(prepared.tokenizer), dropout=0.1)
+    model = tiny_model(vocab_size=len(prepared.tokenizer), dropout=0.1).to(device)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in freeze)
-    loaders = run.build_loaders(config, prepared, torch.device("cpu"))
+    loaders = run.build_loaders(config, prepared, device)
     state, record = run.State(config, loaders[0], **hooks), None
     if checkpoint is not None:
         model.load_state_dict(checkpoint["model"])
@@ -1921,7 +1924,7 @@ def fit(prepared, loop="raw", modlee=False, folder=None, freeze=(), checkpoint=N
 
 def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
     ours, theirs = a.state_dict(), b.state_dict()
-    return all(torch.equal(ours[name], theirs[name]) for name in ours)
+    return all(torch.equal(ours[name].cpu(), theirs[name].cpu()) for name in ours)
 
 
 def same_path(a: run.State, b: run.State) -> bool:
@@ -1983,6 +1986,64 @@ def test_a_resumed_run_walks_the_same_path(prepared, loop, modlee, tmp_path, mon
         assert same_path(state, raw_state) and same_weights(raw, model)
 
 
+@pytest.fixture
+def deterministic_cuda(monkeypatch):
+    """Sums in a fixed order, which GPUs do not keep unless told to."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@needs_cuda
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_on_a_gpu_both_loops_and_a_resumed_run_walk_the_same_path(
+    prepared, precision, deterministic_cuda, monkeypatch
+):
+    monkeypatch.setattr(run, "LOG_EVERY", 2)
+    states = {}
+
+    def save(checkpoint: dict) -> None:
+        states[checkpoint["state"]["step"]] = copy.deepcopy(checkpoint)
+
+    settings = {"device": "cuda", "precision": precision, "accumulate": 3, "clip_norm": 0.5}
+    raw, raw_state, _ = fit(prepared, save=save, checkpoint_every=0.0, **settings)
+    assert states[4]["state"]["batch"] > 0
+    for loop, checkpoint in (("lightning", None), ("raw", states[4])):
+        model, state, _ = fit(prepared, loop, checkpoint=checkpoint, **settings)
+        assert same_path(raw_state, state) and same_weights(raw, model)
+
+
+@needs_cuda
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("loop", ["raw", "lightning"])
+def test_no_step_waits_for_the_gpu(prepared, loop, precision, monkeypatch):
+    """But those that log: torch raises an error where the host would wait."""
+    start_step, strict_steps = run.start_step, []
+
+    def strict(optimizer, config, state) -> None:
+        start_step(optimizer, config, state)
+        if state.step >= 2:  # the first ones load libraries
+            torch.cuda.set_sync_debug_mode("error")
+            strict_steps.append(state.step)
+
+    def may_wait(function):
+        def wrapper(*arguments):
+            torch.cuda.set_sync_debug_mode("default")
+            return function(*arguments)
+
+        return wrapper
+
+    monkeypatch.setattr(run, "start_step", strict)
+    for name in ("settle_losses", "mean_loss"):
+        monkeypatch.setattr(run, name, may_wait(getattr(run, name)))
+    try:
+        _, state, _ = fit(prepared, loop, device="cuda", precision=precision, max_epochs=1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert state.step == state.total_steps > 10 and len(strict_steps) == state.step - 2
+
+
 def test_a_loss_that_is_no_number_names_its_step(prepared):
     """Noticed at the next point of the curve; fp16's scaler skips such a step instead."""
 
@@ -2009,8 +2070,9 @@ def test_a_loss_that_is_no_number_names_its_step(prepared):
         state.save()
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
 @pytest.mark.parametrize("overflows", [0, 1])
-def test_an_overflow_of_fp16_is_skipped_and_counted(prepared, monkeypatch, overflows):
+def test_an_overflow_of_fp16_is_skipped_and_counted(prepared, monkeypatch, overflows, device):
     """The scaler leaves the step out, and training goes on. (fp16 is refused on a CPU, where it is
     slow; but it works.)"""
     plain, scales = run.scale_loss, []
@@ -2020,7 +2082,7 @@ def test_an_overflow_of_fp16_is_skipped_and_counted(prepared, monkeypatch, overf
         return plain(*arguments) * scales[-1]
 
     monkeypatch.setattr(run, "scale_loss", scale)
-    model, state, _ = fit(prepared, precision="fp16", max_epochs=1)
+    model, state, _ = fit(prepared, precision="fp16", max_epochs=1, device=device)
     assert state.step == len(scales) and run.count_skipped(state) == overflows
     assert all(weight.isfinite().all() for weight in model.parameters())
     assert state.best < state.history["train"][0][1]

@@ -28,7 +28,7 @@ import tyro
 
 import data
 import run
-from benchmarks.harness import describe_machine, matmul_rate, serving, synchronize
+from benchmarks.harness import describe_machine, matmul_rate, serving, start, synchronize
 from run import InputError, TrainConfig
 from seq2seq import TransformerSeq2SeqModel, beam_search, greedy_decode
 
@@ -170,8 +170,9 @@ def serve_library(name: str, config: DecodeBench, pipe) -> None:
     try:
         model, tokenizer, sentences = reference_case(config, device)
         library = LIBRARIES[name](model, tokenizer, config.max_new_tokens, threads)
-    except InputError as error:
-        pipe.send(error)
+        library(sentences[:1], 1)  # CTranslate2 asks for CUDA's libraries only now
+    except (InputError, RuntimeError) as error:
+        pipe.send(InputError(data.one_line(error)))
         return
     pipe.send(None)
 
@@ -231,12 +232,11 @@ def main(config: DecodeBench) -> dict:
     names = [name for name in LIBRARIES if name == "ours" or find_spec(name.split()[0])]
     report = describe_machine(device)
     report |= {"model": dataclasses.asdict(model.config), "sentences": len(sentences)}
-    report |= {"matmul_gflops": round(rate / 1e9, 1), "rows": []}
+    report |= {"matmul_gflops": round(rate / 1e9, 1), "rows": [], "left_out": {}}
     total = len(config.batch) * len(config.beam) * len(names) * (config.turns + 1)
     jobs = {name: (name, config) for name in names}
     with serving(serve_library, jobs) as serve, run.progress_bar(total=total) as bar:
-        for ask in serve.values():
-            ask()  # until it is loaded
+        start(serve, report["left_out"])
         for size in config.batch:
             for beam in config.beam:
                 report["rows"] += compare(serve, size, beam, config, bar)
@@ -248,6 +248,8 @@ def main(config: DecodeBench) -> dict:
             f"{row['library']:18}{row['batch']:5}{row['beam']:6}{row['same_output']:6}"
             f"{row['tokens_per_second']:10,.0f}{row['ms_per_sentence']:13.2f}  {ratio}"
         )
+    for name, reason in report["left_out"].items():
+        print(f"left out: {name}: {reason}")
     if config.json:
         run.write_json(Path(config.json).expanduser(), report)
     return report
