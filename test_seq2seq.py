@@ -1,6 +1,7 @@
 """The proofs: statements about the model, the data, the loops and the commands.
 
-    python -m pytest              offline, on the CPU, in a few minutes; no file is needed
+    python -m pytest              offline, on two CPU cores, in a few minutes; no file is needed
+    python -m pytest -n 0 -k ...  some of them, in one process
 
 Tests that need Modlee are skipped where it is not installed.
 """
@@ -31,6 +32,9 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several test processes, which share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest

@@ -1,0 +1,200 @@
+"""Quality of translations beside transformers: the same pairs, vocabulary, minutes and cores.
+
+    python -m benchmarks.quality --dataset rosts.en-ro.tsv tatoeba.en-ro.tsv \\
+        --json benchmarks/quality.json
+
+Ours is `run.py --preset small`. Each peer then trains for as long as ours did, by transformers'
+`Seq2SeqTrainer` (which needs `pip install accelerate`) with the settings that did best for it. All
+translate the test pairs with four beams, and sacreBLEU scores them alike.
+"""
+
+import dataclasses
+import json
+import math
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+
+import data
+import run
+from benchmarks.harness import describe_machine
+from run import InputError, Prepared, TrainConfig
+
+BEAM = 4
+
+
+@dataclass(frozen=True)
+class QualityBench:
+    """Train ours and its peers on the same pairs, and compare their translations."""
+
+    dataset: tuple[str, ...]  # pairs, as for training
+    held_out: int = 1000  # sentences for validation, and as many for the test
+    seed: int = 0  # of weights, split and order
+    max_epochs: int | None = None  # of ours; None: as the preset has it
+    json: str | None = None  # file for the figures
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A model of transformers and how it is trained. Other learning rates, warm-ups and batches of
+    24 or 96 pairs were worse for it: see README.md."""
+
+    label: str
+    pre_norm: bool
+    learning_rate: float
+    more: dict  # further settings of the model
+
+
+PEERS = {
+    # One would build it so at this size: pre-LN, weights as wide as embeddings should be.
+    "pegasus": Peer("transformers, pre-LN (Pegasus)", True, 2e-3, {"init_std": 192**-0.5}),
+    "marian": Peer("transformers Marian as it comes", False, 1e-3, {}),
+}
+BATCH, WARMUP_STEPS, SMOOTHING, DROPOUT = 48, 400, 0.1, 0.1
+
+
+def build_peer(peer: Peer, config: TrainConfig, tokenizer):
+    """The peer in the size of ours, with transformers' own start."""
+    import transformers
+
+    sizes = dataclasses.replace(config, dropout=DROPOUT)
+    ours = run.build_model(sizes, tokenizer).config
+    settings = run.transformers_settings(ours, len(tokenizer)) | peer.more
+    torch.manual_seed(config.seed)
+    if peer.pre_norm:
+        made = transformers.PegasusConfig(**settings)
+        return transformers.PegasusForConditionalGeneration(made)
+    made = transformers.MarianConfig(**settings, decoder_vocab_size=len(tokenizer))
+    return transformers.MarianMTModel(made)
+
+
+def train_peer(peer: Peer, model, prepared: Prepared, config: TrainConfig, seconds: float) -> int:
+    """Train for that long: linear warm-up, then a cosine to zero over the time. Returns the steps
+    done."""
+    import transformers
+
+    begun = time.perf_counter()
+
+    def share(step: int) -> float:
+        done = min(1.0, (time.perf_counter() - begun) / seconds)
+        return min(1.0, (step + 1) / WARMUP_STEPS) * (1 + math.cos(math.pi * done)) / 2
+
+    class StopInTime(transformers.TrainerCallback):
+        def on_step_end(self, arguments, state, control, **_):
+            control.should_training_stop = time.perf_counter() - begun >= seconds
+
+    train = prepared.train
+    rows = [
+        {"input_ids": s.tolist(), "labels": t.tolist()}
+        for s, t in map(train.__getitem__, range(len(train)))
+    ]
+    grouped = {"train_sampling_strategy": "group_by_length"}  # the name since transformers 5
+    if not hasattr(transformers.TrainingArguments, "train_sampling_strategy"):
+        grouped = {"group_by_length": True}
+    optimizer = torch.optim.Adam(model.parameters(), peer.learning_rate, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = transformers.Seq2SeqTrainingArguments(
+            folder,
+            per_device_train_batch_size=BATCH,
+            max_steps=10**6,
+            label_smoothing_factor=SMOOTHING,
+            bf16=torch.cuda.is_available(),
+            seed=config.seed,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            **grouped,
+        )
+        trainer = transformers.Seq2SeqTrainer(
+            model,
+            arguments,
+            transformers.DataCollatorForSeq2Seq(prepared.tokenizer, model),
+            rows,
+            callbacks=[StopInTime()],
+            optimizers=(optimizer, schedule),
+        )
+        return trainer.train().global_step
+
+
+@torch.inference_mode()
+def translate_peer(model, prepared: Prepared, config: TrainConfig) -> list[str]:
+    """The test pairs' sources by `generate`, in batches of like lengths."""
+    texts = [pair.source for pair in prepared.test_pairs]
+    rows = data.encode_texts(texts, prepared.tokenizer)
+    order, found = sorted(range(len(rows)), key=lambda i: len(rows[i])), [""] * len(rows)
+    device = next(model.parameters()).device
+    model.eval()
+    for start in run.progress_bar(range(0, len(rows), 32), desc="translate"):
+        places = order[start : start + 32]
+        ids = data.pad_side([torch.tensor(rows[i]) for i in places], model.config.pad_token_id)
+        ids = ids.to(device)
+        mask, limit = ids.ne(model.config.pad_token_id).long(), 2 * ids.size(1) + 10
+        output = model.generate(
+            input_ids=ids, attention_mask=mask, num_beams=BEAM, max_length=limit
+        )
+        texts = data.decode_ids(output.tolist(), prepared.tokenizer, config.target_lang)
+        for place, text in zip(places, texts):
+            found[place] = text
+    return found
+
+
+def compare(hypotheses: dict[str, list[str]], references: list[str]) -> dict[str, float]:
+    """p-values of sacreBLEU's paired bootstrap test, of BLEU, ours beside each."""
+    from sacrebleu.metrics import BLEU
+    from sacrebleu.significance import PairedTest
+
+    test = PairedTest(
+        list(hypotheses.items()), {"BLEU": BLEU()}, [references], test_type="bs", n_samples=1000
+    )
+    _, results = test()
+    values = dict(zip(results["System"], results["BLEU"]))
+    return {name: value.p_value for name, value in values.items() if value.p_value is not None}
+
+
+def main(config: QualityBench) -> dict:
+    run.check_report(config.json)
+    flags = ["--preset", "small", "--dataset", *config.dataset, "--seed", str(config.seed)]
+    flags += ["--validation-size", str(config.held_out), "--test-size", str(config.held_out)]
+    flags += ["--loop", "raw", "--mlruns", "none"]
+    if config.max_epochs:
+        flags += ["--max-epochs", str(config.max_epochs)]
+    report = describe_machine(run.choose_device("auto")) | {"rows": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "ours"
+        run.require(run.main([*flags, "--output", str(output)]) == 0, "ours did not train")
+        metrics = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
+        _, settings = run.parse_command_line(flags)
+        prepared = run.prepare_data(settings)
+        references = [pair.target for pair in prepared.test_pairs]
+        translator = run.load_translator(str(output), beam=BEAM)
+        hypotheses = {"ours": translator.translate([pair.source for pair in prepared.test_pairs])}
+    seconds = metrics["train_seconds"]
+    done = {"ours": ("ours, --preset small", metrics["steps"], seconds)}
+    for name, peer in PEERS.items():
+        model, started = build_peer(peer, settings, prepared.tokenizer), time.perf_counter()
+        steps = train_peer(peer, model, prepared, settings, seconds)
+        done[name] = (peer.label, steps, time.perf_counter() - started)
+        hypotheses[name] = translate_peer(model, prepared, settings)
+    p_values = compare(hypotheses, references)
+    for name, (label, steps, taken) in done.items():
+        row = {"label": label, "steps": steps, "seconds": round(taken, 1)}
+        row |= run.score(hypotheses[name], references) | {"p": p_values.get(name)}
+        report["rows"][name] = row
+        print(f"{label:34}{row['bleu']:7.2f} BLEU{row['chrf']:7.2f} chrF  {steps:6,} steps")
+    if config.json:
+        run.write_json(Path(config.json).expanduser(), report)
+    return report
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(QualityBench, prog="python -m benchmarks.quality"))
+    except InputError as error:
+        sys.exit(f"error: {error}")
