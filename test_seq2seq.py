@@ -74,7 +74,7 @@ ROMANIAN = "aăâbcdefghiîjklmnopqrsștțuvwxyzAĂÂBCDEFGHIÎJKLMNOPQRSȘTȚUV
 EXAMPLES = int(os.environ.get("EXAMPLES", "0"))  # of hostile data, new ones every time
 KILLS = int(os.environ.get("KILLS", "2"))
 STEPS = int(os.environ.get("STEPS", "200"))
-LINES = int(os.environ.get("LINES", "500"))
+SENTENCES = int(os.environ.get("SENTENCES", "500"))
 HAS_MODLEE = run.versions()["modlee"] is not None
 needs_modlee = pytest.mark.skipif(not HAS_MODLEE, reason="Modlee is not installed")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA")
@@ -2493,28 +2493,30 @@ def test_texts_are_split_where_it_hurts_least(folder):
 
 
 def test_any_lines_are_translated_one_by_one_and_in_order(folder):
-    """LINES=100000 for many."""
+    """SENTENCES=100000 for many."""
     chance = random.Random(0)
-    lines = [re.sub("\n|\r$", "", "".join(chance.choices(TROUBLE, k=n % 7))) for n in range(LINES)]
+    lines = [
+        re.sub("\n|\r$", "", "".join(chance.choices(TROUBLE, k=n % 7))) for n in range(SENTENCES)
+    ]
     content = "".join(f"{line}\n" for line in lines).encode()
     done = command("translate", "--model", folder, input=content, text=False, encoding=None)
     assert done.returncode == 0, done.stderr
     found = done.stdout.decode().split("\n")
-    assert len(found) == LINES + 1 and found.pop() == ""
+    assert len(found) == SENTENCES + 1 and found.pop() == ""
     empty = [not data.normalize(line, "en") for line in lines]
-    assert sum(empty) > LINES / 7
+    assert sum(empty) > SENTENCES / 7
     assert not any(output for output, nothing in zip(found, empty) if nothing)
     translator = run.load_translator(str(folder))
-    for i in chance.sample(range(LINES), 30):
+    for i in chance.sample(range(SENTENCES), 30):
         assert translator.translate([lines[i]]) == [found[i]]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_translating_takes_no_more_memory_for_more_lines(folder):
-    pages, lines = [], (f"The cat sees {n}." for n in range(LINES))
+    pages, lines = [], (f"The cat sees {n}." for n in range(SENTENCES))
     translator = run.load_translator(str(folder))
-    for number, _ in enumerate(translator.stream(lines, window=max(16, LINES // 100))):
-        if number % (LINES // 4) == LINES // 4 - 1:
+    for number, _ in enumerate(translator.stream(lines, window=max(16, SENTENCES // 100))):
+        if number % (SENTENCES // 4) == SENTENCES // 4 - 1:
             pages.append(int(Path("/proc/self/statm").read_text().split()[1]))
     assert max(pages[1:]) <= 1.02 * pages[0], pages
 
