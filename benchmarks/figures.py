@@ -1,6 +1,6 @@
 """Draw the pictures of the README.
 
-python -m benchmarks.figures                        from the JSON files in benchmarks/
+python -m benchmarks.figures                        what Lightning costs, from bench.json
 python -m benchmarks.figures attention DIR 'TEXT'   what a model looks at while it translates
 """
 
@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
 
 from benchmarks.lightning import ARMS, GROUPS
 from run import Engine, InputError, load_translator, split_text, write_file
@@ -82,40 +81,6 @@ def draw_bench(report: dict, path: Path) -> None:
     save(figure, path)
 
 
-def draw_growth(report: dict, path: Path) -> None:
-    """Tokens per second and memory over the batch's budget, the sentences' length, the model."""
-    figure = Figure(figsize=(10, 5.2), layout="constrained")
-    titles = {
-        "budget": "tokens per batch",
-        "length": "tokens per sentence, all alike",
-        "size": "model",
-    }
-    axes = figure.subplots(2, 3, sharey="row", sharex="col")
-    for column, (kind, title) in enumerate(titles.items()):
-        found = {n.split()[1]: row for n, row in report["rows"].items() if n.startswith(kind)}
-        speeds = np.array([row["tokens_per_second"] for row in found.values()])
-        memory = [row["memory_mib"] or math.nan for row in found.values()]
-        turns = [np.array(row["turn_seconds"]) for row in found.values()]
-        # The fastest and the slowest turn, beside the median.
-        fastest = speeds * [np.median(turn) / turn.min() - 1 for turn in turns]
-        slowest = speeds * [1 - np.median(turn) / turn.max() for turn in turns]
-        above, below = axes[:, column]
-        above.errorbar(list(found), speeds, (slowest, fastest), marker="o", capsize=3)
-        below.plot(list(found), memory, marker="o", color="#b3541e")
-        below.set_xlabel(title)
-        for axis in (above, below):
-            axis.grid(alpha=0.3, which="both")
-            axis.set_yscale("log")
-            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.yaxis.set_major_formatter("{x:,.0f}")
-            axis.yaxis.set_minor_formatter(NullFormatter())
-    axes[0][0].set_ylabel("real tokens per second")
-    axes[1][0].set_ylabel("peak memory, MiB")
-    machine = f"{report['machine']}, {report['precision']}"
-    figure.suptitle(f"Training, {report['size']} size unless said: {machine}", fontsize=10)
-    save(figure, path)
-
-
 def draw_attention(folder: str, text: str, path: Path) -> None:
     """Cross-attention of the last decoder layer while a sentence is translated: a panel for the
     mean over heads and one per head, source tokens across, output tokens down."""
@@ -153,12 +118,8 @@ def main(arguments: list[str]) -> int:
         if arguments[:1] == ["attention"] and len(arguments) == 3:
             draw_attention(*arguments[1:], Path("attention.png"))
             return 0
-        for draw, source, picture in (
-            (draw_bench, "bench.json", "bench.png"),
-            (draw_growth, "growth.json", "growth.png"),
-        ):
-            if (HERE / source).is_file():
-                draw(json.loads((HERE / source).read_text("utf-8")), HERE / picture)
+        report = json.loads((HERE / "bench.json").read_text(encoding="utf-8"))
+        draw_bench(report, HERE / "bench.png")
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,7 +1,6 @@
 """Training speed beside nn.Transformer, transformers, x-transformers and the tutorial.
 
     python -m benchmarks.train --dataset pairs.tsv --json benchmarks/train.json
-    python -m benchmarks.train --growth --json benchmarks/growth.json
 
 Same start, optimizer and machine. Every trainee is a process of its own; they take turns. Batches
 of their own hold pairs in random order, padded to the longest (the tutorial's: cut or padded to
@@ -52,9 +51,8 @@ SIZES = {"demo": {}, "wide": WIDE, "tutorial": run.PAPER_BASE, "widest": WIDEST}
 
 @dataclass(frozen=True)
 class TrainBench:
-    """Training speed beside other implementations, or how it grows."""
+    """Training speed beside other implementations."""
 
-    growth: bool = False  # instead: ours alone, over batch, sentence and model size
     dataset: tuple[str, ...] = ("phrasebook",)  # what to train on, as for training
     tokenizer: str = "t5-small"  # hub name, folder, or train:N
     max_length: int = 128  # tokens per sentence; longer pairs are dropped
@@ -299,42 +297,6 @@ def describe_trainee(answers: list[dict], batches: list, lengths: list, config, 
     return row | {"turn_seconds": [round(answer["seconds"], 4) for answer in answers]}
 
 
-def peer_cases(config: TrainBench, dataset, model: Seq2SeqConfig, budget: int, multiple: int):
-    """name -> (trainee, its model, its batches, the lengths in them)."""
-    wanted = [name for name in TRAINEES if name != "compiled" or config.compile]
-    return {
-        name: (
-            TRAINEES[name],
-            model,
-            *cut_batches(dataset, TRAINEES[name].batches, budget, config.steps, multiple),
-        )
-        for name in wanted
-    }
-
-
-def growth_cases(config: TrainBench, dataset, model: Seq2SeqConfig, budget: int, multiple: int):
-    """One thing changes at a time: the budget, the length of all sentences, the model."""
-    cases = {}
-    for factor in (0.125, 0.25, 0.5, 1, 2, 4):
-        tokens = int(budget * factor)
-        found = cut_batches(dataset, "buckets", tokens, config.steps, multiple)
-        cases[f"budget {tokens}"] = (TRAINEES["ours"], model, *found)
-    for length in (8, 16, 32, 64, 128, 256):
-        count = max(1, budget // length)
-        ids = torch.arange(count * length).view(count, length) % (model.vocab_size - 2) + 2
-        batches, lengths = [(ids, ids.flip(0))], [(length, length)] * count
-        cases[f"length {length}"] = (TRAINEES["ours"], model, batches, lengths)
-    for size in list(SIZES)[: 4 if torch.cuda.is_available() else 3]:
-        found = cut_batches(dataset, "buckets", budget, config.steps, multiple)
-        cases[f"size {size}"] = (TRAINEES["ours"], model_config(size, model.vocab_size), *found)
-    return cases
-
-
-def model_config(size: str, vocab_size: int) -> Seq2SeqConfig:
-    sizes = run.sizes_of(TrainConfig(**SIZES[size]))
-    return Seq2SeqConfig(vocab_size=vocab_size, **(sizes | {"max_length": 1024}))
-
-
 def main(config: TrainBench) -> dict:
     """Few trainees at a time, which are close in time; ours is always there."""
     run.require(min(config.steps, config.max_length) >= 1, "--steps, --max-length: at least 1")
@@ -346,41 +308,40 @@ def main(config: TrainBench) -> dict:
     names = ("dataset", "tokenizer", "max_length")
     settings = TrainConfig(**{name: getattr(config, name) for name in names})
     prepared, multiple = run.prepare_data(settings), 8 if device.type == "cuda" else 1
-    model = model_config(config.size, len(prepared.tokenizer))
-    build_cases = growth_cases if config.growth else peer_cases
-    cases = build_cases(config, prepared.train, model, budget, multiple)
-    groups = [[name] for name in cases]
-    if not config.growth:
-        builds = dict.fromkeys(case[0].build for case in cases.values())
-        same = [[name for name in cases if cases[name][0].build is build] for build in builds]
-        groups = [list(dict.fromkeys(["ours", *group])) for group in same]
-        groups = [group for group in groups if len(group) > 1]
+    sizes = run.sizes_of(TrainConfig(**SIZES[config.size])) | {"max_length": 1024}
+    model = Seq2SeqConfig(vocab_size=len(prepared.tokenizer), **sizes)
+    cases, groups = {}, {}  # name -> (batches, lengths); model -> names, ours among them
+    for name, trainee in TRAINEES.items():
+        if name != "compiled" or config.compile:
+            more = (budget, config.steps, multiple)
+            cases[name] = cut_batches(prepared.train, trainee.batches, *more)
+            groups.setdefault(trainee.build, {"ours": None})[name] = None
+    groups = [list(group) for group in groups.values() if len(group) > 1]
     report = describe_machine(device) | {"precision": precision, "size": config.size}
     report |= {"batch_tokens": budget, "rows": {}, "left_out": {}}
-    peak, found = 0.0, {}
+    peak, found = 0.0, {name: [] for name in cases}  # answers, each with that of ours
     total = (config.turns + 1) * sum(map(len, groups))
     with run.progress_bar(desc="train", total=total, unit="turn") as bar:
         for group in groups:
             # The best that the machine did at any time, or a slow moment would flatter all.
             peak = max(peak, matmul_rate(device, precision))
-            jobs = {name: (*cases[name][:3], config.device, precision) for name in group}
+            more = (config.device, precision)
+            jobs = {name: (TRAINEES[name], model, cases[name][0], *more) for name in group}
             with serving(serve_trainee, jobs) as serve:
                 start(serve, report["left_out"])
                 take_turns(serve, 1, bar)  # to warm up
                 answers = take_turns(serve, config.turns, bar)
             for name in answers:
-                found.setdefault(name, []).append((answers[name], answers.get("ours")))
-    for name, turns in found.items():
-        _, model, batches, lengths = cases[name]
-        answers = [answer for mine, _ in turns for answer in mine]
-        row = describe_trainee(answers, batches, lengths, model, peak)
-        if not config.growth:  # a real token takes so many times as long as with ours
-            beside = [answer for _, ours in turns for answer in ours]
-            ratio = sum(map(sum, cases["ours"][3])) / sum(map(sum, lengths))
-            seconds = zip(answers, beside)
-            values = np.array([a["seconds"] / b["seconds"] * ratio for a, b in seconds])
+                found[name] += zip(answers[name], answers["ours"])
+    for name, pairs in found.items():
+        if pairs:
+            batches, lengths = cases[name]
+            row = describe_trainee([mine for mine, _ in pairs], batches, lengths, model, peak)
+            # A real token takes so many times as long as with ours.
+            ratio = sum(map(sum, cases["ours"][1])) / sum(map(sum, lengths))
+            values = np.array([mine["seconds"] / ours["seconds"] * ratio for mine, ours in pairs])
             row["ours_is_faster"] = [round(value, 3) for value in median_interval(values)]
-        report["rows"][name] = row
+            report["rows"][name] = row
     report["matmul_gflops"] = round(peak / 1e9, 1)
     print_rows(report)
     if config.json:
@@ -397,11 +358,10 @@ def print_rows(report: dict) -> None:
     )
     for name, row in report["rows"].items():
         ratio = ""
-        if name != "ours" and "ours_is_faster" in row:
+        if name != "ours":
             ratio = "{:.2f} ({:.2f} to {:.2f})".format(*row["ours_is_faster"])
-        label = TRAINEES[name].label if name in TRAINEES else name
         print(
-            f"{label:34}{row['tokens_per_second']:13,.0f}{row['step_ms']:11,.0f}"
+            f"{TRAINEES[name].label:34}{row['tokens_per_second']:13,.0f}{row['step_ms']:11,.0f}"
             f"{row['padding_share']:7.1%}{row['memory_mib'] or 0:12,}{row['mfu']:6.0%}  {ratio}"
         )
     for name, reason in report["left_out"].items():
