@@ -8,6 +8,7 @@ Ours is `run.py --preset small`. Each peer then trains for as long as ours did, 
 translate the test pairs with four beams, and sacreBLEU scores them alike.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -110,6 +111,7 @@ def train_peer(peer: Peer, model, prepared: Prepared, config: TrainConfig, secon
             logging_strategy="no",
             report_to="none",
             disable_tqdm=True,
+            dataloader_pin_memory=torch.cuda.is_available(),
             **grouped,
         )
         trainer = transformers.Seq2SeqTrainer(
@@ -120,7 +122,8 @@ def train_peer(peer: Peer, model, prepared: Prepared, config: TrainConfig, secon
             callbacks=[StopInTime()],
             optimizers=(optimizer, schedule),
         )
-        return trainer.train().global_step
+        with contextlib.redirect_stdout(sys.stderr):
+            return trainer.train().global_step
 
 
 @torch.inference_mode()
