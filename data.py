@@ -569,7 +569,7 @@ class PairDataset(Dataset):
     tokens of each source and of each target, 2 x [N].
     """
 
-    def __init__(self, encoded: Iterable[tuple[Pair, list[int], list[int]]]):
+    def __init__(self, encoded: Iterable[tuple[object, list[int], list[int]]]):
         """What `encode` yields."""
         self.sources, self.targets = [], []
         for _, source, target in encoded:

@@ -21,9 +21,7 @@ export, commands. `bench` is benchmarks/lightning.py.
 import os
 import signal
 
-if (
-    __name__ == "__main__"
-):  # until all is loaded Ctrl-C must not raise: imports would print a traceback
+if __name__ == "__main__":  # until all is loaded, or imports would print a traceback on Ctrl-C
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
@@ -249,9 +247,11 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 # folder of files that Modlee writes to.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
-TRACKING_URI = (
-    os.environ.get("MLFLOW_TRACKING_URI") or None
-)  # of the user; MLflow sets the variable too
+# A server that does not answer would be asked again for minutes.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+# Of the user; MLflow sets the variable too.
+TRACKING_URI = os.environ.get("MLFLOW_TRACKING_URI") or None
 
 import numpy as np
 import torch
@@ -269,10 +269,8 @@ from seq2seq import (
     greedy_decode,
 )
 
-LOG_EVERY = 20  # optimizer steps between points of the loss curve, and between host-device syncs
 TRANSLATE_WINDOW = 2048  # lines sorted by length together
 SHOWN = 6  # translations printed after training
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def flag_of(name: str) -> str:
@@ -498,11 +496,6 @@ def use_tensor_cores(device: torch.device) -> None:
         torch.set_float32_matmul_precision("high")
 
 
-def is_first_process() -> bool:
-    """Whether it is the only one, or of those that torchrun has started the one that speaks."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def join_processes(device: torch.device) -> None:
     """Join the processes that torchrun has started, if it has."""
     if "WORLD_SIZE" in os.environ:
@@ -619,6 +612,11 @@ def sum_over_processes(*values: float) -> list[float]:
     return total.tolist()
 
 
+def is_first_process() -> bool:
+    """Whether it is the only one, or of those that torchrun has started the one that speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def progress_bar(iterable=None, **settings) -> tqdm:
     """On stderr, of the first process; where that is no terminal, a line every half minute."""
     settings = {"disable": not is_first_process()} | settings
@@ -647,6 +645,9 @@ def prefetch(loader, device: torch.device) -> Iterator[list[Tensor]]:
 
 
 # ---- the state of a run --------------------------------------------------------------------------
+
+LOG_EVERY = 20  # optimizer steps between points of the loss curve, and between host-device syncs
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class State:
@@ -686,6 +687,9 @@ class State:
     def load(self, checkpoint: dict) -> None:
         """Go on from a checkpoint; what belongs to others waits for `begin`."""
         vars(self).update(checkpoint["state"])
+        if self.batch == 0:  # the epochs to come may have another number of steps
+            per_epoch = math.ceil(self.batches / self.config.accumulate)
+            self.total_steps = self.step + (self.config.max_epochs - self.epoch) * per_epoch
         self.loaded, self.sampler.start = checkpoint, (self.epoch, self.batch)
 
     def begin(self, **parts) -> None:
@@ -2244,8 +2248,8 @@ def train(config: TrainConfig) -> int:
         if config.push:
             record.push()
     print_field("saved", f"{output}")
-    more = f"--resume {shlex.quote(str(checkpoints))} --max-epochs {2 * config.max_epochs}"
-    print_field("", f"{checkpoints} is kept for {more}; delete it otherwise")
+    more = f"--resume {shlex.quote(str(checkpoints))} --max-epochs {2 * state.epoch}"
+    print_field("", f"{checkpoints} is kept for python run.py {more}; delete it otherwise")
     print(f"\nnext:  python run.py translate --model {place} 'The teacher sees you.'")
     print(f"       {evaluation} --dataset unseen.tsv")
     return 0
@@ -2263,6 +2267,8 @@ def resume(state: State, model: nn.Module, checkpoint: dict, about: dict) -> Non
     require(same, f"{name} was stopped amid an epoch: {what}")
     model.load_state_dict(checkpoint["model"])
     state.load(checkpoint)
+    done = f"{state.epoch} epochs are done, which is more than --max-epochs {now['max_epochs']}"
+    require(state.epoch <= now["max_epochs"], done)
     print_field("resumed", f"after step {state.step} of {state.config.output}")
     for name in was:
         if name not in ("resume", "tokenizer") and was[name] != now[name]:

@@ -3108,6 +3108,45 @@ def test_the_code_in_the_readme_runs_as_printed(tmp_path):
     assert len(losses) == 3 and losses[-1] < losses[0] < math.log(28)
 
 
+def test_the_raw_loop_runs_when_it_is_copied_as_the_readme_says(tmp_path):
+    """With the imports of the two files, but without the files, and another model."""
+    parts = {"run.py": ("what both loops share", "the state of a run", "the raw loop")}
+    parts["data.py"] = ("batches",)
+    imports, code = "", inspect.getsource(data.PairDataset)
+    for name, headings in parts.items():
+        source = (HERE / name).read_text(encoding="utf-8")
+        for line in re.findall(r"^(?:from|import) [^(\n]*\n", source, re.MULTILINE):
+            own = line.split()[1].split(".")[0] in ("data", "positional", "seq2seq", "tyro")
+            imports += "" if own else line
+        for heading in headings:
+            code += source.split(f"\n# ---- {heading} -")[1].split("\n# ---- ")[0].lstrip("-")
+    fields = "max_epochs=2, accumulate=2, learning_rate=1e-2, warmup=0.1, cooldown=0.3, clip_norm=1"
+    fields += ', label_smoothing=0.1, seed=0, precision="bf16", checkpoint_every=10'
+    imports += f"class TrainConfig:\n    {fields.replace(', ', '; ')}\n"
+    use = """
+class Tagger(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.output = nn.Embedding(30, 16), nn.Linear(16, 30)
+
+    def forward(self, input_ids, labels, label_smoothing):
+        logits = self.output(self.embedding(input_ids))
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+        return loss, labels.ne(0).sum()
+
+ids = [list(range(2, 2 + n % 9)) + [1] for n in range(500)]
+dataset = PairDataset(("", row, row) for row in ids)
+loaders = [make_loader(dataset, 16) for _ in range(2)]
+state = State(TrainConfig, loaders[0])
+train_raw(Tagger(), *loaders, TrainConfig, state)
+print(state.history["validation"][-1][1])
+"""
+    (tmp_path / "copied.py").write_text(imports + code + use, encoding="utf-8")
+    done = python("copied.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < math.log(30) / 2
+
+
 def readme_commands() -> list[str]:
     """What stands in the README's indented lines, but for the two commands that `.ci/run` runs."""
     lines = re.findall(r"^    ((?:\w+=\w+ )*\.venv/bin/.*)$", README, re.MULTILINE)

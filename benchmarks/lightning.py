@@ -381,6 +381,7 @@ def profile_steps(config: TrainConfig, prepared: Prepared, device, path: Path) -
 def main(arguments: list[str]) -> int:
     """Group by group of arms and size by size; then the table."""
     config = tyro.cli(BenchConfig, args=arguments, prog="python run.py bench")
+    require(not (config.json and config.profile), "--profile measures nothing: leave --json out")
     run.check_report(config.json)
     run.check_report(config.profile, key="schemaVersion")
     turns = config.turns or (4 if config.quick else 12)
