@@ -2216,14 +2216,18 @@ def test_a_run_is_resumed_extended_and_started_from(folder, tmp_path, capsys, mo
     # More epochs; the model folder is replaced when there is a better one.
     (model / "mine").mkdir()
     more = ("--no-modlee", "--mlruns", "none", "--max-epochs", 2, "--loop", "raw")
-    assert main("--resume", model, *more) == 0
+    assert main("--resume", model, *more, "--batch-size", 16) == 0
     assert (model / "mine").is_dir() and not list(copy.rglob(".*")), "what others put there stays"
     said = capsys.readouterr().out
     assert "max_epochs 1 -> 2" in said and "loop lightning -> raw" in said and "seed" not in said
-    assert json.loads((model / "metrics.json").read_text())["steps"] == 18
+    assert json.loads((model / "metrics.json").read_text())["steps"] == 9 + 18
+    rates = run.read_checkpoint(checkpoints)["state"]["history"]["learning_rate"]
+    assert 0 < rates[-1][1] < 0.15 * 3e-3, "the schedule ends with the run"
     assert len(list(checkpoints.glob("step-*.pt"))) == 2
+    assert main("--resume", model, "--max-epochs", 1) == 2
+    assert "2 epochs are done, which is more than" in capsys.readouterr().err
     newest.write_bytes(b"")  # of another version of the program
-    (checkpoints / "step-000000018.pt").unlink()
+    (checkpoints / "step-000000027.pt").unlink()
     run.write_checkpoint(checkpoints, {"settings": {}}, {"state": {"step": 99}})
     assert main("--resume", checkpoints) == 2
     assert "of another version" in capsys.readouterr().err
