@@ -2328,7 +2328,8 @@ def test_a_run_leaves_a_whole_model_folder_and_nothing_else(folder):
     for word in ("phrasebook", "no benchmark", "train:320", "cpu", "fp32", "lightning", "modlee"):
         assert word in out
     assert metrics["signature"] in out and out.count("translation  ") == 6
-    assert f"{folder}.checkpoints is kept for --resume {folder}.checkpoints --max-epochs 2" in out
+    more = f"python run.py --resume {folder}.checkpoints --max-epochs 2"
+    assert f"{folder}.checkpoints is kept for {more}; delete it otherwise" in out
     assert (root / "stderr").read_text().count("\r") < 30, "few lines of progress in a file"
     assert [path.name for path in (root / "work").iterdir()] == ["runs"]
     left = [path for path in (root / "home").rglob("*") if path.is_file()]
