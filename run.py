@@ -672,8 +672,8 @@ class State:
         """save: writes a checkpoint (dict) and returns where; after_epoch(state, model)."""
         self.config, self.write, self.after_epoch = config, save, after_epoch
         self.sampler, self.batches = train_loader.batch_sampler, len(train_loader)
-        self.total_steps = config.max_epochs * math.ceil(self.batches / config.accumulate)
         self.step = self.epoch = self.batch = 0
+        self.total_steps = count_steps(self)
         self.history = {"train": [], "validation": [], "learning_rate": [], "bleu": []}
         self.best, self.best_step, self.best_weights = math.inf, 0, None
         self.pending: list[tuple[Tensor, int, int]] = []  # loss, tokens, step; still on the device
@@ -687,9 +687,7 @@ class State:
     def load(self, checkpoint: dict) -> None:
         """Go on from a checkpoint; what belongs to others waits for `begin`."""
         vars(self).update(checkpoint["state"])
-        if self.batch == 0:  # the epochs to come may have another number of steps
-            per_epoch = math.ceil(self.batches / self.config.accumulate)
-            self.total_steps = self.step + (self.config.max_epochs - self.epoch) * per_epoch
+        self.total_steps = count_steps(self)
         self.loaded, self.sampler.start = checkpoint, (self.epoch, self.batch)
 
     def begin(self, **parts) -> None:
@@ -771,6 +769,15 @@ class State:
             checkpoint = {name: part.state_dict() for name, part in self.parts.items()}
             state = {name: getattr(self, name) for name in self.SAVED}
             self.checkpoint = self.write(checkpoint | {"state": state})
+
+
+def count_steps(state: State) -> int:
+    """Of the whole run: those of the epochs that are done, which may have had another number of
+    batches, and those of the epochs from this one on."""
+    this_epoch, per_epoch = (
+        math.ceil(batches / state.config.accumulate) for batches in (state.batch, state.batches)
+    )
+    return state.step - this_epoch + (state.config.max_epochs - state.epoch) * per_epoch
 
 
 def settle_losses(state: State) -> None:
@@ -2265,10 +2272,10 @@ def resume(state: State, model: nn.Module, checkpoint: dict, about: dict) -> Non
     same = checkpoint["state"]["batch"] == 0 or checkpoint["layout"] == about["layout"]
     what = "batch size, --accumulate and the number of processes must stay"
     require(same, f"{name} was stopped amid an epoch: {what}")
+    done, most = checkpoint["state"]["epoch"], now["max_epochs"]
+    require(done <= most, f"{done} epochs are done, which is more than --max-epochs {most}")
     model.load_state_dict(checkpoint["model"])
     state.load(checkpoint)
-    done = f"{state.epoch} epochs are done, which is more than --max-epochs {now['max_epochs']}"
-    require(state.epoch <= now["max_epochs"], done)
     print_field("resumed", f"after step {state.step} of {state.config.output}")
     for name in was:
         if name not in ("resume", "tokenizer") and was[name] != now[name]:

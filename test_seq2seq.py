@@ -10,6 +10,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import http.server
 import inspect
 import io
 import itertools
@@ -26,6 +27,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from functools import partial
@@ -72,7 +74,7 @@ KINDS = list(POSITIONAL_KINDS)
 ROMANIAN = "aăâbcdefghiîjklmnopqrsștțuvwxyzAĂÂBCDEFGHIÎJKLMNOPQRSȘTȚUVWXYZ„”«»–"
 # The long versions of some tests: these many, where the environment says so.
 EXAMPLES = int(os.environ.get("EXAMPLES", "0"))  # of hostile data, new ones every time
-KILLS = int(os.environ.get("KILLS", "2"))
+KILLS = int(os.environ.get("KILLS", "3"))
 STEPS = int(os.environ.get("STEPS", "200"))
 SENTENCES = int(os.environ.get("SENTENCES", "500"))
 HAS_MODLEE = run.versions()["modlee"] is not None
@@ -111,6 +113,8 @@ def test_sinusoidal_table_is_the_formula(width):
             angle = position / 10000 ** (2 * (channel // 2) / width)
             expected = math.cos(angle) if channel % 2 else math.sin(angle)
             assert abs(table[position, channel].item() - expected) < 1e-7
+    with pytest.raises(ValueError, match="max_length >= 1"):
+        sinusoidal_positional_encoding(0, width)
 
 
 @pytest.mark.parametrize("kind", ["sinusoidal", "rotary"])
@@ -617,19 +621,19 @@ def test_samples_follow_the_distribution():
 
 
 def test_decoding_leaves_the_model_as_it_was():
-    """Whatever mode it is in, and inside autocast."""
+    """Whatever mode it is in; and autocast around it changes nothing."""
     model, source = tiny_model(d_model=256).train(), ragged(8, 9)
     for decode in (greedy_decode, beam_search):
         expected = decode(model, source)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = decode(model, source)
+        assert torch.equal(found, expected) if torch.is_tensor(found) else found == expected
         with pytest.raises((RuntimeError, IndexError)):
             decode(model, torch.full((1, 3), 99))
         assert model.training
     model(source, source).sum().backward()
     model.encoder_layers.eval()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert [best.tokens for best, *_ in beam_search(model, source)] == [
-            best.tokens for best, *_ in expected
-        ]
+    greedy_decode(model, source)
     assert model.training and not model.encoder_layers[0].training
     with pytest.raises(ValueError, match="nothing to decode"):
         greedy_decode(model, torch.zeros(0, 3, dtype=torch.long))
@@ -923,11 +927,13 @@ def test_the_phrasebook_speaks_romanian(phrases):
         ("Did he not like these new cities?", "Lui nu i-au plăcut aceste orașe noi?"),
         ("She sleeps in the city.", "Ea doarme în oraș."),
         ("She ate in your beautiful city.", "Ea a mâncat în orașul tău frumos."),
-        ("They buy two dogs.", "Ei cumpără doi câini."),
-        ("Did you lose two apples?", "Ai pierdut două mere?"),
-        ("She loses twenty keys.", "Ea pierde douăzeci de chei."),
     ):
         assert known[english] == romanian
+    numerals = {"two dogs": "doi câini", "two apples": "două mere"}
+    numerals |= {"twenty keys": "douăzeci de chei", "twenty children": "douăzeci de copii"}
+    for english, expected in numerals.items():
+        found = [there.lower() for here, there in phrases if english in here.lower()]
+        assert found and all(expected in romanian for romanian in found)
 
 
 def write_pairs(path: Path, pairs) -> Path:
@@ -1110,7 +1116,7 @@ def write_as(suffix: str, folder: Path, pairs: list[tuple[str, str]]) -> list[Pa
     elif suffix == ".jsonl":
         path.write_text("\n".join(map(json.dumps, records)))
     elif suffix == ".json":
-        path.write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
+        path.write_text(json.dumps(records, ensure_ascii=False, indent=1), encoding="utf-8")
     elif suffix == ".parquet":
         columns = {name: [row[name] for row in records] for name in ("en", "ro")}
         schema = pyarrow.schema([(name, pyarrow.string()) for name in columns])
@@ -1337,26 +1343,28 @@ def test_batches_follow_from_seed_and_epoch_and_hold_every_pair_once(batching):
         ranks = [epoch(0, 3, rank=rank, world=world) for rank in range(world)]
         assert sorted(flat(flat(ranks))) == everything
         assert len({len(rank) for rank in ranks}) == 1
-        # Equal work: what processes compute with at a time is alike.
-        target = [[int(lengths[1][batch].sum()) for batch in rank] for rank in ranks]
-        apart = [abs(a - b) / max(a, b) for a, b in zip(target[0], target[-1]) if a and b]
-        assert np.mean(apart) < 0.12 or "batch_tokens" not in batching
+        if world == 2 and "batch_tokens" in batching:  # equal work: at a time both have as much
+            target = [[int(lengths[1][batch].sum()) for batch in rank] for rank in ranks]
+            apart = [abs(a - b) / max(a, b) for a, b in zip(*target) if a and b]
+            assert np.mean(apart) < 0.1
 
 
 @pytest.mark.parametrize("multiple", [1, 8])
 def test_a_token_budget_is_kept_and_leaves_few_pads(multiple):
     lengths = real_lengths()
     sampler = data.BucketBatchSampler(*lengths, batch_tokens=2048, multiple=multiple)
+    sampler.set_epoch(3)
     widest = [max(side[batch].max() for side in lengths) for batch in sampler]
     sizes = [len(batch) * width for batch, width in zip(sampler, widest)]
     for batch, width in zip(sampler, widest):
         assert len(batch) * data.round_up(width, multiple) <= 2048
     assert np.median(sizes) > 1700, "batches are full"
     by_size = data.BucketBatchSampler(*lengths, batch_size=64).padding_share()
-    assert multiple > 1 or sampler.padding_share() < 0.16 < by_size
+    assert data.BucketBatchSampler(*lengths, batch_tokens=2048).padding_share() < 0.16 < by_size
     lengths = np.array([5, 300, 5, 6])  # one is beyond the budget, and a batch by itself
     sampler = data.BucketBatchSampler(lengths, lengths, batch_tokens=16)
-    assert [1] in list(sampler) and sorted(itertools.chain(*sampler)) == [0, 1, 2, 3]
+    assert [1] in list(sampler) and len(sampler) == 3
+    assert sorted(itertools.chain(*sampler)) == [0, 1, 2, 3]
 
 
 def test_a_tokenizer_that_cuts_and_pads_by_itself_is_told_not_to():
@@ -1590,6 +1598,46 @@ def test_a_hub_name_without_a_network_is_answered_without_retries(tmp_path):
     assert "--dataset pairs.tsv" in done.stderr and done.stderr.count("\n") == 1
 
 
+class StallingHub(http.server.BaseHTTPRequestHandler):
+    """Has a tokenizer, of which it sends the first kilobyte and no more."""
+
+    def do_HEAD(self) -> bool:
+        """Returns whether the file is there."""
+        known = self.path == "/" or self.path.endswith("/tokenizer.json")
+        self.send_response(200 if known else 404)
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("ETag", '"1"')
+        self.send_header("Content-Length", "1000000" if known else "0")
+        if not known:
+            self.send_header("X-Error-Code", "EntryNotFound")
+        self.end_headers()
+        return known
+
+    def do_GET(self) -> None:
+        if self.do_HEAD():
+            self.wfile.write(b" " * 1000)
+            self.wfile.flush()
+            time.sleep(60)
+
+    def log_message(self, *arguments) -> None:
+        pass
+
+
+def test_a_download_that_stalls_ends_in_one_line(tmp_path):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), StallingHub)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    env |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
+    env |= {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
+    done = command("--tokenizer", "somebody/tokenizer", env=env, cwd=tmp_path)
+    server.shutdown()
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: cannot load tokenizer somebody/tokenizer: ")
+    assert not list(tmp_path.glob("hf/**/snapshots/**/*.json"))
+
+
 # ---- what both loops share ----------------------------------------------------------------------
 
 
@@ -1601,6 +1649,18 @@ def test_the_schedule_is_a_trapezoid():
     assert rates[10:] == sorted(rates[10:], reverse=True)
     flat = dataclasses.replace(config, warmup=0.0, cooldown=0.0)
     assert {run.learning_rate(flat, step, 100) for step in range(100)} == {1.0}
+
+
+def test_the_schedule_of_an_extended_run_counts_the_steps_that_were_made(prepared):
+    """Nine, and then epochs of another length; also where it is stopped and resumed amid one."""
+    config = run.TrainConfig(batch_size=64, max_epochs=3, accumulate=3)
+    loader = run.build_loaders(config, prepared, torch.device("cpu"))[0]
+    per_epoch = math.ceil(len(loader) / 3)
+    for step, batch in ((9, 0), (10, 3), (11, 6)):
+        state = run.State(config, loader)
+        assert state.total_steps == 3 * per_epoch
+        state.load({"state": {"step": step, "epoch": 1, "batch": batch}})
+        assert state.total_steps == 9 + 2 * per_epoch
 
 
 def test_learning_rate_and_random_state_follow_from_seed_and_step():
@@ -2153,16 +2213,16 @@ sys.exit(run.main(sys.argv[1:]))
 """
     arguments = [*SMALL, "--no-modlee", "--max-epochs", 3, "--accumulate", 2, "--dropout", 0.1]
     arguments += ["--checkpoint-every", 0, "--loop", "raw", "--output"]
-    chance, loops, env = random.Random(0), itertools.cycle(["lightning", "raw"]), os.environ
+    chance, loops = random.Random(0), itertools.cycle(["lightning", "raw"])
 
-    def start(*flags, saves: int, seconds: float | None = None) -> int:
-        """The exit code; saves: kill amid that one of its checkpoints, or after these seconds."""
+    def start(*flags, saves: int = 0, seconds: float | None = None) -> int:
+        """The exit code; killed amid that one of its checkpoints, or after these seconds."""
         process = subprocess.Popen(
             [sys.executable, "-c", script, *map(str, flags)],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             cwd=tmp_path,
-            env=env | {"PYTHONPATH": str(HERE), "SAVES": str(saves)},
+            env=os.environ | {"PYTHONPATH": str(HERE), "SAVES": str(saves)},
         )
         try:
             error = process.communicate(timeout=seconds)[1]
@@ -2173,7 +2233,7 @@ sys.exit(run.main(sys.argv[1:]))
         return process.returncode
 
     begun = time.perf_counter()
-    assert start(*arguments, "whole", saves=0) == 0
+    assert start(*arguments, "whole") == 0
     whole, part = time.perf_counter() - begun, 0
     expected = (tmp_path / "whole" / "model.safetensors").read_bytes()
     for kill in range(KILLS + 1):
@@ -2181,11 +2241,8 @@ sys.exit(run.main(sys.argv[1:]))
         flags = ["--resume", output, "--loop", next(loops)]
         if not any(checkpoints.glob("step-*.pt")):
             flags = [*arguments, output]
-        amid, timed = chance.randint(1, 8), chance.uniform(0, whole)
-        how = {"saves": 0} if kill == KILLS else {"saves": amid}  # the last is left in peace
-        if kill % 2 and kill < KILLS:
-            how = {"saves": 0, "seconds": timed}
-        if start(*flags, **how) == 0:
+        how = {"saves": chance.randint(1, 8)} if kill % 2 else {"seconds": chance.uniform(0, whole)}
+        if start(*flags, **({} if kill == KILLS else how)) == 0:  # the last is left in peace
             assert (tmp_path / output / "model.safetensors").read_bytes() == expected
             assert not any(checkpoints.glob(".*")), "no half file is left"
             part += 1

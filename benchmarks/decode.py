@@ -11,7 +11,6 @@ compared. CTranslate2 takes part where it is installed.
 import contextlib
 import dataclasses
 import math
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,11 +23,17 @@ from statistics import median
 from typing import Literal
 
 import torch
-import tyro
 
 import data
 import run
-from benchmarks.harness import describe_machine, matmul_rate, serving, start, synchronize
+from benchmarks.harness import (
+    describe_machine,
+    matmul_rate,
+    run_script,
+    serving,
+    start,
+    synchronize,
+)
 from run import InputError, TrainConfig
 from seq2seq import TransformerSeq2SeqModel, beam_search, greedy_decode
 
@@ -256,7 +261,4 @@ def main(config: DecodeBench) -> dict:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(DecodeBench, prog="python -m benchmarks.decode"))
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    run_script(main, DecodeBench, "decode")

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import tyro
 from tqdm import tqdm
 
 from run import InputError, versions
@@ -131,5 +132,13 @@ def describe_machine(device: torch.device) -> dict:
     machine = f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} CPU threads"
     if device.type == "cuda":
         machine = torch.cuda.get_device_name()
-    command = shlex.join(["python", *sys.argv])
+    command = shlex.join(["python", *sys.orig_argv[1:]])
     return {"command": command, "machine": machine, "versions": versions()}
+
+
+def run_script(main: Callable, config: type, name: str) -> None:
+    """`python -m benchmarks.NAME`: what the user can mend ends in one line."""
+    try:
+        main(tyro.cli(config, prog=f"python -m benchmarks.{name}"))
+    except InputError as error:
+        sys.exit(f"error: {error}")

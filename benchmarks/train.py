@@ -4,13 +4,11 @@
 
 Same start, optimizer and machine. Every trainee is a process of its own; they take turns. Batches
 of their own hold pairs in random order, padded to the longest (the tutorial's: cut or padded to
-50).
-x-transformers takes part where it is installed.
+50). x-transformers takes part where it is installed.
 """
 
 import dataclasses
 import math
-import sys
 import time
 import warnings
 from dataclasses import dataclass
@@ -19,7 +17,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor, nn
 
 import data
@@ -29,6 +26,7 @@ from benchmarks.harness import (
     matmul_rate,
     median_interval,
     memory_peak,
+    run_script,
     serving,
     start,
     synchronize,
@@ -319,7 +317,7 @@ def main(config: TrainBench) -> dict:
     groups = [list(group) for group in groups.values() if len(group) > 1]
     report = describe_machine(device) | {"precision": precision, "size": config.size}
     report |= {"batch_tokens": budget, "rows": {}, "left_out": {}}
-    peak, found = 0.0, {name: [] for name in cases}  # answers, each with that of ours
+    peak, found = 0.0, {}  # name -> answers, each with that of ours
     total = (config.turns + 1) * sum(map(len, groups))
     with run.progress_bar(desc="train", total=total, unit="turn") as bar:
         for group in groups:
@@ -332,16 +330,15 @@ def main(config: TrainBench) -> dict:
                 take_turns(serve, 1, bar)  # to warm up
                 answers = take_turns(serve, config.turns, bar)
             for name in answers:
-                found[name] += zip(answers[name], answers["ours"])
+                found.setdefault(name, []).extend(zip(answers[name], answers["ours"]))
     for name, pairs in found.items():
-        if pairs:
-            batches, lengths = cases[name]
-            row = describe_trainee([mine for mine, _ in pairs], batches, lengths, model, peak)
-            # A real token takes so many times as long as with ours.
-            ratio = sum(map(sum, cases["ours"][1])) / sum(map(sum, lengths))
-            values = np.array([mine["seconds"] / ours["seconds"] * ratio for mine, ours in pairs])
-            row["ours_is_faster"] = [round(value, 3) for value in median_interval(values)]
-            report["rows"][name] = row
+        batches, lengths = cases[name]
+        row = describe_trainee([mine for mine, _ in pairs], batches, lengths, model, peak)
+        # A real token takes so many times as long as with ours.
+        ratio = sum(map(sum, cases["ours"][1])) / sum(map(sum, lengths))
+        values = np.array([mine["seconds"] / ours["seconds"] * ratio for mine, ours in pairs])
+        row["ours_is_faster"] = [round(value, 3) for value in median_interval(values)]
+        report["rows"][name] = row
     report["matmul_gflops"] = round(peak / 1e9, 1)
     print_rows(report)
     if config.json:
@@ -369,7 +366,4 @@ def print_rows(report: dict) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(TrainBench, prog="python -m benchmarks.train"))
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    run_script(main, TrainBench, "train")
