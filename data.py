@@ -9,7 +9,7 @@ In reading order, which is also the way of the data:
     PairDataset, BucketBatchSampler, pad_batch          -> DataLoader of (input_ids, labels)
 
 `load_dataset_and_tokenize` and `create_dataloaders` are the tutorial's two calls. The file needs
-torch, numpy, datasets, transformers, scikit-learn and requests, and nothing else of this
+torch, numpy, datasets, transformers, scikit-learn, requests and tqdm, and nothing else of this
 repository.
 """
 
@@ -34,13 +34,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
+from tqdm import tqdm
 
 BATCH_ROWS = 10_000  # rows read or tokenized at a time
 PHRASEBOOK = "phrasebook"  # the data set name of the built-in corpus
-
-
-class InputError(Exception):
-    """The user gave something that cannot be used. The message is one line and says what to do."""
 
 
 class Pair(NamedTuple):
@@ -51,13 +48,37 @@ class Pair(NamedTuple):
     place: str
 
 
+# ---- messages ------------------------------------------------------------------------------------
+
+
+class InputError(Exception):
+    """The user gave something that cannot be used. The message is one line and says what to do."""
+
+
 def one_line(error: BaseException, limit: int | None = 200) -> str:
     """The message of an error, or else its name, on one line of at most `limit` characters."""
     return " ".join(str(error).split())[:limit] or type(error).__name__
 
 
+def require(holds: bool, message: str) -> None:
+    if not holds:
+        raise InputError(message)
+
+
+def is_first_process() -> bool:
+    """Whether it is the only one, or of those that torchrun has started the one that speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr)
+    if is_first_process():
+        print(f"note: {text}", file=sys.stderr)
+
+
+def progress_bar(iterable=None, **settings) -> tqdm:
+    """On stderr, of the first process; where that is no terminal, a line every half minute."""
+    settings = {"disable": not is_first_process()} | settings
+    return tqdm(iterable, mininterval=0.1 if sys.stderr.isatty() else 30, **settings)
 
 
 # ---- text ----------------------------------------------------------------------------------------

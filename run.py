@@ -14,8 +14,8 @@
     python run.py bench                               what Lightning and Modlee cost per step
 
 In reading order: settings, data, devices, what both loops share, the state of a run, the raw loop,
-the Lightning adapter, Modlee, checkpoints and model folders, curves and MLflow, translating,
-export, commands. `bench` is benchmarks/lightning.py.
+the Lightning adapter, Modlee, checkpoints and model folders, curves and MLflow, commands. What they
+do with a trained model is in translate.py, `bench` in benchmarks/lightning.py.
 """
 
 import os
@@ -35,7 +35,6 @@ import json
 import logging
 import math
 import random
-import re
 import shlex
 import shutil
 import ssl
@@ -46,7 +45,7 @@ import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from importlib import metadata
@@ -259,28 +258,28 @@ from torch import Tensor, distributed, nn
 from tqdm import tqdm
 
 import data
-from data import InputError
-from positional import sinusoidal_positional_encoding
-from seq2seq import (
-    Hypothesis,
-    Seq2SeqConfig,
-    TransformerSeq2SeqModel,
-    beam_search,
-    greedy_decode,
+from data import InputError, is_first_process, progress_bar, require
+from seq2seq import Seq2SeqConfig, TransformerSeq2SeqModel
+from translate import (
+    ENGINE_FILE,
+    TRANSLATE_WINDOW,
+    Engine,
+    Translator,
+    choose_device,
+    complete_tokenizer,
+    load_model,
+    load_translator,
+    score,
+    to_ctranslate2,
+    to_transformers,
 )
 
-TRANSLATE_WINDOW = 2048  # lines sorted by length together
 SHOWN = 6  # translations printed after training
 
 
 def flag_of(name: str) -> str:
     """The flag of a field."""
     return "--" + name.replace("_", "-")
-
-
-def require(holds: bool, message: str) -> None:
-    if not holds:
-        raise InputError(message)
 
 
 COUNTS = ("max_epochs", "batch_size", "batch_tokens", "accumulate", "num_samples", "num_return")
@@ -453,30 +452,6 @@ def build_loaders(config: TrainConfig, prepared: Prepared, device: torch.device)
 # ---- devices -------------------------------------------------------------------------------------
 
 
-def choose_device(name: str) -> torch.device:
-    """auto: CUDA, else Apple's MPS, else the CPU. InputError for what is not there."""
-    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind in has if has[kind])
-    found = ", ".join(kind for kind in has if has[kind])
-    require(has.get(name, False), f"--device {name}: not here; found {found}")
-    device = torch.device(name)
-    if name == "cuda":
-        device = torch.device(name, int(os.environ.get("LOCAL_RANK", "0")))
-        here, count = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
-        require(here <= count, f"{here} processes, but {count} GPUs: lower --nproc_per_node")
-        torch.cuda.set_device(device)
-        try:
-            torch.zeros(1, device=device).add_(1)
-        except RuntimeError as error:
-            raise InputError(
-                f"torch {torch.__version__} cannot use {torch.cuda.get_device_name()} "
-                f"({data.one_line(error, 80)}); install a newer torch, without Modlee, "
-                "or add --device cpu"
-            ) from None
-    return device
-
-
 def choose_precision(name: str, device: torch.device) -> str:
     """auto: bf16 (fp16 on older cards) where CUDA has the units for it, else fp32."""
     if name == "fp16" and device.type == "cpu":
@@ -610,17 +585,6 @@ def sum_over_processes(*values: float) -> list[float]:
     total = torch.tensor(values, dtype=torch.float64, device=device)
     distributed.all_reduce(total)
     return total.tolist()
-
-
-def is_first_process() -> bool:
-    """Whether it is the only one, or of those that torchrun has started the one that speaks."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def progress_bar(iterable=None, **settings) -> tqdm:
-    """On stderr, of the first process; where that is no terminal, a line every half minute."""
-    settings = {"disable": not is_first_process()} | settings
-    return tqdm(iterable, mininterval=0.1 if sys.stderr.isatty() else 30, **settings)
 
 
 def prefetch(loader, device: torch.device) -> Iterator[list[Tensor]]:
@@ -1500,40 +1464,6 @@ def settings_of_model(folder: str) -> tuple[dict, dict]:
     return languages, fixed
 
 
-def load_model(folder: str, device: torch.device):
-    """(model in eval mode, tokenizer, (source language, target language)). Raises InputError.
-
-    The weights are mapped from the file into the model, without being initialised or copied.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = Path(folder).expanduser()
-    is_engine = (path / "model.bin").is_file()
-    try:
-        file = path / (ENGINE_FILE if is_engine else "config.json")
-        content = json.loads(file.read_text(encoding="utf-8"))
-        languages, config = (content["source_lang"], content["target_lang"]), content["model"]
-        with torch.device("meta"):
-            model = TransformerSeq2SeqModel(**config)
-        if not is_engine:
-            weights = load_file(path / "model.safetensors", device=str(device))
-            weights.pop("positions.table", None)  # older folders store it
-            if model.config.tie_embeddings:  # stored once
-                weights["output.weight"] = weights["embedding.weight"]
-            model.load_state_dict(weights, assign=True)
-            model.tie_embeddings()
-    except FileNotFoundError as error:
-        missing = Path(error.filename or path / "model.safetensors").name
-        raise InputError(f"{folder} is no model folder: {missing} is missing") from None
-    except (OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError) as error:
-        reason = data.one_line(error)
-        raise InputError(f"{folder} is no model folder of this program: {reason}") from None
-    tokenizer = data.load_tokenizer(str(path))
-    model = Engine(path, model.config, tokenizer, device.type) if is_engine else model.eval()
-    return model, tokenizer, languages
-
-
 # ---- curves and MLflow ---------------------------------------------------------------------------
 
 
@@ -1654,475 +1584,6 @@ def recording(state: State) -> Iterator[None]:
             # Modlee's run has ended with the fit.
             end = mlflow.MlflowClient().set_terminated
             attempt(state, "MLflow", end, state.mlflow_run, status)
-
-
-# ---- translating and scoring ---------------------------------------------------------------------
-
-
-@dataclass(eq=False)
-class Translator:
-    """A model that turns lines into lines.
-
-    Lines are decoded in windows of `TRANSLATE_WINDOW`, so that memory does not grow with the input;
-    in a window they are sorted by length and batched by tokens, so that batches hold few pads. What
-    is longer than the model was trained for is split at the ends of sentences, clauses or words,
-    and translated in pieces.
-    """
-
-    model: "TransformerSeq2SeqModel | Engine"
-    tokenizer: object
-    languages: tuple[str, str]
-    beam: int = 1
-    length_penalty: float = 1.0
-    batch_tokens: int = 2048
-    num_return: int = 1
-    scores: bool = False
-    silent: bool = False
-    # What happened -> how many lines, and the numbers of the first of them, from 1.
-    notes: dict[str, tuple[int, list[int]]] = field(default_factory=dict)
-
-    def translate(self, lines: list[str]) -> list[str]:
-        """The best translation of each line; an empty line stays empty."""
-        return [best[0] for best, *_ in self.stream(lines, len(lines))]
-
-    def stream(
-        self, lines: Iterable[str], total: int | None = None, window: int = TRANSLATE_WINDOW
-    ) -> Iterator[list[tuple[str, float | None]]]:
-        """For every line, in order, its `num_return` translations (text, score), best first; the
-        score is None unless asked for. Should `lines` fail, what came before is translated first.
-        """
-        numbered = enumerate(lines, 1)
-        with progress_bar(
-            desc="translate", total=total, unit="line", disable=self.silent or None
-        ) as bar:
-            failure = None
-            while failure is None:
-                part = []
-                try:
-                    part.extend(islice(numbered, window))
-                except InputError as error:
-                    failure = error
-                yield from self._translate(part, bar)
-                if not part:
-                    break
-            if failure:
-                raise failure
-
-    def _translate(self, lines: list[tuple[int, str]], bar) -> Iterator[list]:
-        limit = self.model.config.max_length
-        pieces = []  # (number of the line, token ids)
-        for number, line in lines:
-            text = data.normalize(line, self.languages[0])
-            parts = split_text(text, self.tokenizer, limit) if text else []
-            if len(parts) > 1:
-                self.note(f"longer than {limit} tokens, translated in pieces", number)
-            pieces += [(number, ids) for ids in parts]
-        order = sorted(range(len(pieces)), key=lambda i: len(pieces[i][1]))
-        lengths = [len(ids) for _, ids in pieces]
-        found: list[list[Hypothesis]] = [[] for _ in pieces]
-        for rows in batch_by_tokens(order, lengths, self.batch_tokens // self.beam):
-            for row, hypotheses in zip(rows, self.decode([pieces[i][1] for i in rows])):
-                found[row] = hypotheses
-            bar.update(len(rows) * len(lines) / len(pieces))
-        by_line: dict[int, list] = {number: [] for number, _ in lines}
-        for (number, _), hypotheses in zip(pieces, found):
-            by_line[number].append(hypotheses)
-        for number, parts in by_line.items():
-            ends = (part[0].tokens[-1:] for part in parts)
-            if any(end != [self.model.config.eos_id] for end in ends):
-                self.note("the translation did not end and was cut off", number)
-            yield [self._join([part[i] for part in parts]) for i in range(self.num_return)]
-
-    def decode(self, rows: list[list[int]]) -> list[list[Hypothesis]]:
-        """The hypotheses of each row of token ids, best first."""
-        if isinstance(self.model, Engine):
-            return self.model.decode(
-                rows, self.beam, self.length_penalty, self.num_return, self.scores
-            )
-        device, pad_id = next(self.model.parameters()).device, self.model.config.pad_id
-        batch = data.pad_side([torch.tensor(ids) for ids in rows], pad_id).to(device)
-        if self.beam > 1 or self.scores:
-            return beam_search(
-                self.model, batch, self.beam, self.length_penalty, num_return=self.num_return
-            )
-        output = greedy_decode(self.model, batch).tolist()
-        return [[Hypothesis([i for i in row if i != pad_id], [], None)] for row in output]
-
-    def _join(self, parts: list[Hypothesis]) -> tuple[str, float | None]:
-        texts = data.decode_ids([part.tokens for part in parts], self.tokenizer, self.languages[1])
-        text = " ".join(text for text in texts if text)
-        if not self.scores or not parts:
-            return text, None
-        log_probs = [value for part in parts for value in part.log_probs]
-        return text, sum(log_probs) / max(len(log_probs), 1) ** self.length_penalty
-
-    def note(self, what: str, number: int) -> None:
-        lines, first = self.notes.get(what, (0, []))
-        self.notes[what] = (lines + 1, (first + [number])[:5])
-
-    def report(self, unit: str) -> None:
-        """Say on stderr what did not go the usual way. unit: what was counted."""
-        for what, (lines, first) in self.notes.items():
-            numbers = ", ".join(map(str, first)) + (" ..." if lines > len(first) else "")
-            which = f"{unit} {numbers}" if lines == 1 else f"{lines:,} {unit}s ({numbers})"
-            data.note(f"{which}: {what}")
-
-
-def split_text(text: str, tokenizer, max_length: int) -> list[list[int]]:
-    """Token ids of a text in pieces of at most `max_length` tokens, eos included.
-
-    A text that fits is one piece. Others are cut into sentences, and what is still too long between
-    clauses, else between words, else anywhere.
-    """
-    (ids,) = data.encode_texts([text], tokenizer)
-    if len(ids) <= max_length:
-        return [ids]
-    pieces = re.split(r"(?<=[.!?…])\s+(?=[^a-zăâîșț])", text)  # one sentence, one piece
-    for boundary in (r"(?<=[,;:)–—])\s+", r"\s+"):
-        if len(pieces) > 1:
-            break
-        pieces, current, size = [], [], 0  # as much as fits is one piece
-        parts = re.split(boundary, text)
-        for part, part_ids in zip(parts, data.encode_texts(parts, tokenizer)):
-            # Its eos makes up for the space that it lost.
-            if current and size + len(part_ids) > max_length:
-                pieces.append(" ".join(current))
-                current, size = [], 0
-            current.append(part)
-            size += len(part_ids)
-        pieces.append(" ".join(current))
-    if len(pieces) > 1:
-        return [ids for piece in pieces for ids in split_text(piece, tokenizer, max_length)]
-    body, step = ids[:-1], max(max_length - 1, 1)
-    return [[*body[i : i + step], ids[-1]] for i in range(0, len(body), step)]
-
-
-def batch_by_tokens(rows: list[int], lengths: list[int], most: int) -> Iterator[list[int]]:
-    """Cut `rows`, sorted by rising length, into batches of at most `most` tokens, pads included."""
-    batch: list[int] = []
-    for row in rows:
-        if batch and (len(batch) + 1) * lengths[row] > most:
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
-
-
-def load_translator(
-    folder: str, device: str = "auto", precision: str = "fp32", **decoding
-) -> Translator:
-    """The `Translator` of a model folder, or of one exported for CTranslate2.
-
-    load_translator("runs/NAME").translate(["A sentence."]) returns a list of translations.
-    decoding: beam, length_penalty, batch_tokens, num_return, scores. Raises InputError.
-    """
-    model, tokenizer, languages = load_model(folder, choose_device(device))
-    if precision == "bf16" and not isinstance(model, Engine):
-        model.to(torch.bfloat16)
-    return Translator(model, tokenizer, languages, **decoding)
-
-
-def decoding_of(config: DecodeConfig) -> dict:
-    """The arguments of `load_translator` for a command."""
-    names = ("device", "precision", "beam", "length_penalty", "batch_tokens")
-    return {"folder": config.model} | {name: getattr(config, name) for name in names}
-
-
-def score(hypotheses: list[str], references: list[str]) -> dict:
-    """sacreBLEU's BLEU and chrF (Post 2018) with their signatures, of normalised texts."""
-    from sacrebleu.metrics import BLEU, CHRF
-
-    bleu, chrf = BLEU(), CHRF()
-    return {
-        "bleu": round(bleu.corpus_score(hypotheses, [references]).score, 2),
-        "chrf": round(chrf.corpus_score(hypotheses, [references]).score, 2),
-        "signature": str(bleu.get_signature()),
-        "chrf_signature": str(chrf.get_signature()),
-    }
-
-
-def print_score(result: dict) -> None:
-    print_field("BLEU", f"{result['bleu']:.2f}  {result['signature']}")
-    print_field("chrF", f"{result['chrf']:.2f}  {result['chrf_signature']}")
-
-
-# ---- export --------------------------------------------------------------------------------------
-
-EXPORTED_POSITIONS = 1024  # rows of the position table in an exported folder
-ENGINE_FILE = "seq2seq.json"  # what CTranslate2's own files do not say
-ENGINE_HINT = "CTranslate2 is not installed: pip install ctranslate2"
-
-
-def transformers_settings(config: Seq2SeqConfig, vocab_size: int) -> dict:
-    """Ours in the words of transformers' Pegasus and Marian."""
-    settings = {"vocab_size": vocab_size, "d_model": config.d_model, "dropout": config.dropout}
-    settings |= {"max_position_embeddings": EXPORTED_POSITIONS, "scale_embedding": True}
-    settings |= {"tie_word_embeddings": config.tie_embeddings, "activation_function": "relu"}
-    settings |= {"attention_dropout": 0.0, "activation_dropout": 0.0}
-    settings |= {"pad_token_id": config.pad_id, "decoder_start_token_id": config.pad_id}
-    settings |= {"eos_token_id": config.eos_id, "forced_eos_token_id": None}
-    for side in ("encoder", "decoder"):
-        settings[f"{side}_layers"] = getattr(config, f"num_{side}_layers")
-        settings[f"{side}_attention_heads"] = config.nhead
-        settings[f"{side}_ffn_dim"] = config.dim_feedforward
-    return settings
-
-
-# Our names -> those of transformers; longer ones first.
-TRANSFORMERS_NAMES = {
-    "self_attention_norm": "self_attn_layer_norm",
-    "self_attention": "self_attn",
-    "cross_attention_norm": "encoder_attn_layer_norm",
-    "cross_attention": "encoder_attn",
-    "feed_forward_norm": "final_layer_norm",
-    "linear1": "fc1",
-    "linear2": "fc2",
-    "encoder_layers": "encoder.layers",
-    "decoder_layers": "decoder.layers",
-    "encoder_norm": "encoder.layer_norm",
-    "decoder_norm": "decoder.layer_norm",
-}
-
-
-def to_transformers(model: TransformerSeq2SeqModel):
-    """The same model as transformers' Pegasus (pre-LN) or Marian (post-LN), weights copied.
-
-    Their sinusoidal table has all sines first, then all cosines; ours takes turns, as the paper
-    does. So the channels of the residual stream are permuted wherever a weight reads or writes
-    them. Raises InputError for positions that neither of them has.
-    """
-    import transformers
-
-    config = model.config
-    if config.positional != "sinusoidal":
-        raise InputError(
-            f"transformers has no model of this shape with {config.positional} positions; "
-            "train with --positional sinusoidal to export"
-        )
-    # CTranslate2 cuts the last row off Marian's vocabulary, where other models keep their pad.
-    spare = 0 if config.norm_first else 1
-    settings = transformers_settings(config, config.vocab_size + spare)
-    settings |= {"normalize_before": config.norm_first, "normalize_embedding": False}  # for it too
-    if config.norm_first:
-        made = transformers.PegasusConfig(**settings)
-        exported = transformers.PegasusForConditionalGeneration(made)
-    else:
-        made = transformers.MarianConfig(**settings, decoder_vocab_size=settings["vocab_size"])
-        exported = transformers.MarianMTModel(made)
-    channels = torch.cat([torch.arange(first, config.d_model, 2) for first in (0, 1)])
-    state = {}
-    for name, weight in model.state_dict().items():
-        part = name.split(".")[-2]
-        if part in ("embedding", "output"):
-            rows = weight[: config.vocab_size, channels]
-            weight = torch.cat([rows, rows.new_zeros(spare, config.d_model)])
-            names = ["lm_head.weight"]
-            if part == "embedding":
-                names = ["shared", "encoder.embed_tokens", "decoder.embed_tokens"]
-                names = [f"model.{place}.weight" for place in names]
-            state |= dict.fromkeys(names, weight)
-            continue
-        if part in ("in_proj", "linear1") and weight.dim() == 2:  # reads the residual stream
-            weight = weight[:, channels]
-        elif part not in ("in_proj", "linear1"):  # writes to it
-            weight = weight[channels]
-        for ours, theirs in TRANSFORMERS_NAMES.items():
-            name = name.replace(ours, theirs)
-        if part != "in_proj":
-            state[f"model.{name}"] = weight
-            continue
-        for projection, rows in zip(("q_proj", "k_proj", "v_proj"), weight.chunk(3)):
-            state[f"model.{name.replace('in_proj', projection)}"] = rows
-    bias = torch.zeros(1, config.vocab_size + spare)
-    bias[:, config.vocab_size :] = -1e9  # the spare row is no token
-    state["final_logits_bias"] = bias
-    missing, unexpected = exported.load_state_dict(state, strict=False)
-    # The position tables are made by the class and not always stored.
-    missing = [name for name in missing if "embed_positions" not in name]
-    assert not missing and not unexpected, (missing, unexpected)
-    generation = exported.generation_config
-    generation.max_length = EXPORTED_POSITIONS // 2  # else 20 tokens
-    generation.num_beams = 1
-    generation.suppress_tokens = [config.pad_id]  # the start token is no translation
-    return exported.eval()
-
-
-def complete_tokenizer(tokenizer) -> None:
-    """Make the tokenizer do by itself what this module does around it: normalise the text, end it
-    in eos, leave spaces alone when it decodes."""
-    from tokenizers import Regex, normalizers, processors
-
-    eos, tokenizer.model_max_length = tokenizer.eos_token, EXPORTED_POSITIONS
-    tokenizer.clean_up_tokenization_spaces = False
-    # No token types, which such models do not take; both places, for transformers 4 and 5.
-    tokenizer.model_input_names = ["input_ids", "attention_mask"]
-    tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names
-    backend = tokenizer.backend_tokenizer
-    if tokenizer("a")["input_ids"][-1] != tokenizer.eos_token_id:
-        backend.post_processor = processors.TemplateProcessing(
-            single=f"$A {eos}", special_tokens=[(eos, tokenizer.eos_token_id)]
-        )
-    if backend.normalizer is None:
-        spaces = normalizers.Replace(Regex(r"\s+"), " ")
-        steps = [normalizers.NFC(), spaces, normalizers.Strip()]
-        backend.normalizer = normalizers.Sequence(steps)
-
-
-def to_ctranslate2(
-    model: TransformerSeq2SeqModel, tokenizer, folder: Path, quantization: str | None = None
-) -> None:
-    """Write the model into `folder` in CTranslate2's own format, by its `specs`. Raises InputError
-    without the package."""
-    try:
-        from ctranslate2 import specs
-    except ImportError:
-        raise InputError(ENGINE_HINT) from None
-    config, width = model.config, model.config.d_model
-    # Post-LN stacks end normalised, and so they have no final norm in either format.
-    more = {"pre_norm": config.norm_first, "no_final_norm": not config.norm_first}
-    if config.positional == "rotary":
-        more |= {"rotary_dim": 0, "rotary_interleave": False}  # of whole heads, in halves
-    encoder = specs.TransformerEncoderSpec(config.num_encoder_layers, config.nhead, **more)
-    decoder = specs.TransformerDecoderSpec(config.num_decoder_layers, config.nhead, **more)
-    spec = specs.TransformerSpec(encoder, decoder)
-    arrays: dict[tuple[int, int], np.ndarray] = {}
-
-    def array(weight: Tensor) -> np.ndarray:
-        # One array for tied weights, which are stored once then.
-        key = weight.data_ptr(), len(weight)
-        if key not in arrays:
-            arrays[key] = weight.detach().float().cpu().numpy().copy()
-        return arrays[key]
-
-    def put(target, source: nn.Module, rows: slice = slice(None)) -> None:
-        """A layer norm, or some rows of a linear layer."""
-        is_norm = isinstance(source, nn.LayerNorm)
-        setattr(target, "gamma" if is_norm else "weight", array(source.weight[rows]))
-        setattr(target, "beta" if is_norm else "bias", array(source.bias[rows]))
-
-    for side, part in (("encoder", encoder), ("decoder", decoder)):
-        embeddings = part.embeddings[0] if side == "encoder" else part.embeddings
-        embeddings.weight = array(model.embedding.weight[: config.vocab_size])
-        if config.positional == "learned":
-            part.position_encodings.encodings = array(model.positions.embedding.weight)
-        elif config.positional != "rotary":
-            table = sinusoidal_positional_encoding(EXPORTED_POSITIONS, width)
-            table = table if config.positional == "sinusoidal" else torch.zeros_like(table)
-            part.position_encodings.encodings = table.numpy()
-        if config.norm_first:
-            put(part.layer_norm, getattr(model, f"{side}_norm"))
-        for target, layer in zip(part.layer, getattr(model, f"{side}_layers")):
-            put(target.self_attention.layer_norm, layer.self_attention_norm)
-            put(target.self_attention.linear[0], layer.self_attention.in_proj)
-            put(target.self_attention.linear[1], layer.self_attention.out_proj)
-            if side == "decoder":
-                attention = layer.cross_attention
-                put(target.attention.layer_norm, layer.cross_attention_norm)
-                put(target.attention.linear[0], attention.in_proj, slice(width))
-                put(target.attention.linear[1], attention.in_proj, slice(width, None))
-                put(target.attention.linear[2], attention.out_proj)
-            put(target.ffn.layer_norm, layer.feed_forward_norm)
-            put(target.ffn.linear_0, layer.linear1)
-            put(target.ffn.linear_1, layer.linear2)
-    decoder.projection.weight = array(model.output.weight[: config.vocab_size])
-    bias = np.zeros(config.vocab_size, np.float32)
-    bias[config.pad_id] = -1e9  # the start token is no translation
-    decoder.projection.bias = bias
-    tokens = tokenizer.convert_ids_to_tokens(range(config.vocab_size))
-    spec.register_source_vocabulary(tokens)
-    spec.register_target_vocabulary(tokens)
-    spec.config.decoder_start_token = spec.config.bos_token = tokens[config.pad_id]
-    spec.config.eos_token = tokens[config.eos_id]
-    spec.config.unk_token = tokenizer.unk_token or tokens[config.pad_id]
-    spec.validate()
-    spec.optimize(quantization=quantization)
-    spec.save(str(folder))
-
-
-class Engine:
-    """A folder exported for CTranslate2, in the place of a model. No torch computes in here: its
-    threads and the engine's would wait for each other.
-
-    Attributes: config: that of the model it was made of.
-    """
-
-    def __init__(self, folder: Path, config: Seq2SeqConfig, tokenizer, device: str):
-        try:
-            import ctranslate2
-        except ImportError:
-            raise InputError(ENGINE_HINT) from None
-        self.config = config
-        self.tokens = tokenizer.convert_ids_to_tokens(range(config.vocab_size))
-        self.ids = {token: i for i, token in enumerate(self.tokens)}
-        device = device if device == "cuda" else "cpu"  # it knows no other
-        threads = torch.get_num_threads()
-        try:
-            self.translator = ctranslate2.Translator(str(folder), device, intra_threads=threads)
-        except (RuntimeError, ValueError) as error:
-            raise InputError(f"CTranslate2 cannot load {folder}: {data.one_line(error)}") from None
-
-    def decode(
-        self, rows: list[list[int]], beam: int, length_penalty: float, num_return: int, scores: bool
-    ) -> list[list[Hypothesis]]:
-        """The hypotheses of each row of token ids, best first, cut as `greedy_decode` cuts."""
-        limits = [2 * len(row) + 10 for row in rows]
-        if self.config.positional == "learned":
-            limits = [min(limit, self.config.max_length) for limit in limits]
-        results = self.translator.translate_batch(
-            [[self.tokens[i] for i in row] for row in rows],
-            beam_size=beam,
-            num_hypotheses=num_return,
-            length_penalty=length_penalty,
-            # `beam_search` ends when nothing that runs could get onto its list, which is later.
-            patience=2 if beam > 1 else 1,
-            max_decoding_length=max(limits),
-            max_input_length=0,
-            return_scores=scores,
-            return_end_token=True,
-        )
-        hypotheses = []
-        for result, limit in zip(results, limits):
-            hypotheses.append([])
-            for place, tokens in enumerate(result.hypotheses):
-                ids, log_probs, score = [self.ids[token] for token in tokens][:limit], [], None
-                if scores:  # of the whole; what each token adds is not told
-                    score, count = result.scores[place], max(1, len(tokens))
-                    log_probs = [score * count**length_penalty / count] * len(tokens)
-                hypotheses[-1].append(Hypothesis(ids, log_probs, score))
-        return hypotheses
-
-
-def export(config: ExportConfig) -> int:
-    output = Path(config.output).expanduser()
-    to_engine = config.to == "ctranslate2"
-    require(to_engine or not config.quantization, "--quantization belongs to --to ctranslate2")
-    check_output(output)
-    model, tokenizer, languages = load_model(config.model, torch.device("cpu"))
-    if isinstance(model, Engine):
-        raise InputError(f"{config.model} is an exported folder: give the one it was made of")
-    what = f"CTranslate2, {config.quantization or 'float32'}"
-    if not to_engine:
-        exported = to_transformers(model)
-        complete_tokenizer(tokenizer)
-        what = f"{type(exported).__name__}, float32, for transformers"
-
-    def fill(folder: Path) -> None:
-        save_tokenizer(tokenizer, folder)
-        if not to_engine:
-            exported.save_pretrained(folder)
-            return
-        to_ctranslate2(model, tokenizer, folder, config.quantization)
-        content = {"source_lang": languages[0], "target_lang": languages[1]}
-        write_json(folder / ENGINE_FILE, content | {"model": dataclasses.asdict(model.config)})
-        for part in ("validation.tsv", "test.tsv"):  # for `evaluate`
-            path = Path(config.model).expanduser() / part
-            if path.is_file():
-                shutil.copy(path, folder / part)
-
-    write_folder(output, fill)
-    print_field("exported", f"{what}: {output}")
-    return 0
 
 
 # ---- commands ------------------------------------------------------------------------------------
@@ -2429,6 +1890,17 @@ def score_pairs(translator: Translator, pairs: list[data.Pair]) -> tuple[list[st
     return hypotheses, score(hypotheses, [pair.target for pair in pairs])
 
 
+def print_score(result: dict) -> None:
+    print_field("BLEU", f"{result['bleu']:.2f}  {result['signature']}")
+    print_field("chrF", f"{result['chrf']:.2f}  {result['chrf_signature']}")
+
+
+def decoding_of(config: DecodeConfig) -> dict:
+    """The arguments of `load_translator` for a command."""
+    names = ("device", "precision", "beam", "length_penalty", "batch_tokens")
+    return {"folder": config.model} | {name: getattr(config, name) for name in names}
+
+
 def stdin_lines() -> Iterator[str]:
     """Lines of standard input, decoded strictly and split at line feeds alone."""
     for number, raw in enumerate(sys.stdin.buffer, 1):
@@ -2491,6 +1963,38 @@ def evaluate(config: EvaluateConfig) -> int:
         write_text(Path(config.hypotheses).expanduser(), "".join(f"{h}\n" for h in hypotheses))
     if config.json:
         write_json(Path(config.json).expanduser(), result)
+    return 0
+
+
+def export(config: ExportConfig) -> int:
+    output = Path(config.output).expanduser()
+    to_engine = config.to == "ctranslate2"
+    require(to_engine or not config.quantization, "--quantization belongs to --to ctranslate2")
+    check_output(output)
+    model, tokenizer, languages = load_model(config.model, torch.device("cpu"))
+    if isinstance(model, Engine):
+        raise InputError(f"{config.model} is an exported folder: give the one it was made of")
+    what = f"CTranslate2, {config.quantization or 'float32'}"
+    if not to_engine:
+        exported = to_transformers(model)
+        complete_tokenizer(tokenizer)
+        what = f"{type(exported).__name__}, float32, for transformers"
+
+    def fill(folder: Path) -> None:
+        save_tokenizer(tokenizer, folder)
+        if not to_engine:
+            exported.save_pretrained(folder)
+            return
+        to_ctranslate2(model, tokenizer, folder, config.quantization)
+        content = {"source_lang": languages[0], "target_lang": languages[1]}
+        write_json(folder / ENGINE_FILE, content | {"model": dataclasses.asdict(model.config)})
+        for part in ("validation.tsv", "test.tsv"):  # for `evaluate`
+            path = Path(config.model).expanduser() / part
+            if path.is_file():
+                shutil.copy(path, folder / part)
+
+    write_folder(output, fill)
+    print_field("exported", f"{what}: {output}")
     return 0
 
 

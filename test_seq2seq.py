@@ -49,6 +49,7 @@ from safetensors.torch import load_file, save_file
 import data
 import run
 import seq2seq
+import translate
 from benchmarks import figures, harness, lightning
 from benchmarks import train as train_bench
 from data import InputError
@@ -70,6 +71,7 @@ from seq2seq import (
 )
 
 HERE = Path(__file__).parent
+MODULES = ("positional.py", "seq2seq.py", "data.py", "translate.py", "run.py")
 KINDS = list(POSITIONAL_KINDS)
 ROMANIAN = "aăâbcdefghiîjklmnopqrsștțuvwxyzAĂÂBCDEFGHIÎJKLMNOPQRSȘTȚUVWXYZ„”«»–"
 # The long versions of some tests: these many, where the environment says so.
@@ -244,7 +246,7 @@ def test_the_loss_ignores_pads_and_counts_tokens(smoothing):
 
 def test_model_files_need_torch_alone():
     """The two files of a copy-paste user import torch and the standard library."""
-    for name in ("positional.py", "seq2seq.py"):
+    for name in MODULES[:2]:
         for line in (HERE / name).read_text().splitlines():
             if line.startswith(("import ", "from ")):
                 module = line.split()[1].split(".")[0]
@@ -382,8 +384,8 @@ def numbered_tokenizer(vocab_size: int):
 def save_exported(model, folder: Path) -> Path:
     """A folder as `python run.py export` writes it, for a model without a tokenizer."""
     tokenizer = numbered_tokenizer(50)
-    run.complete_tokenizer(tokenizer)
-    run.to_transformers(model).save_pretrained(folder)
+    translate.complete_tokenizer(tokenizer)
+    translate.to_transformers(model).save_pretrained(folder)
     run.save_tokenizer(tokenizer, folder)
     return folder
 
@@ -450,7 +452,7 @@ def teacher_forced(model, source: torch.Tensor, tokens: list[int]):
 def test_positions_unknown_to_transformers_are_refused():
     for kind in ("learned", "rotary", "none"):
         with pytest.raises(InputError, match=f"{kind} positions"):
-            run.to_transformers(tiny_model(positional=kind))
+            translate.to_transformers(tiny_model(positional=kind))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -460,8 +462,8 @@ def test_ctranslate2_translates_alike(kind, norm_first, tied, tmp_path):
     """Greedy token by token, with random weights, in which every sentence is in doubt."""
     pytest.importorskip("ctranslate2")
     model = tiny_model(positional=kind, norm_first=norm_first, tie_embeddings=tied).eval()
-    run.to_ctranslate2(model, numbered_tokenizer(50), tmp_path)
-    engine = run.Engine(tmp_path, model.config, numbered_tokenizer(50), "cpu")
+    translate.to_ctranslate2(model, numbered_tokenizer(50), tmp_path)
+    engine = translate.Engine(tmp_path, model.config, numbered_tokenizer(50), "cpu")
     source = torch.cat([ragged(8, 12, seed=seed) for seed in range(4)])
     source = source[source.ne(0).sum(1) > 1]  # a source that is eos alone it does not translate
     found = engine.decode(without_pads(source), 1, 1.0, 1, False)
@@ -476,8 +478,8 @@ def test_ctranslate2_finds_what_our_beams_find(learnt, tmp_path):
     model, source, _ = learnt
     tokenizer, rows = numbered_tokenizer(50), without_pads(source)
     for quantization, share in ((None, 0.8), ("int8", 0.7)):
-        run.to_ctranslate2(model, tokenizer, tmp_path, quantization)
-        engine = run.Engine(tmp_path, model.config, tokenizer, "cpu")
+        translate.to_ctranslate2(model, tokenizer, tmp_path, quantization)
+        engine = translate.Engine(tmp_path, model.config, tokenizer, "cpu")
         for beam in (1, 4):
             found = engine.decode(rows, beam, 1.0, beam, True)
             batch = data.pad_side(map(torch.tensor, rows))
@@ -1721,10 +1723,10 @@ def test_older_cards_train_in_fp16_and_newer_than_torch_are_said(monkeypatch):
 
     monkeypatch.setattr(torch, "zeros", zeros)
     with pytest.raises(InputError, match="cannot use B300 .*no kernel image.*newer torch"):
-        run.choose_device("auto")
+        translate.choose_device("auto")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(InputError, match="2 processes, but 1 GPUs"):
-        run.choose_device("cuda")
+        translate.choose_device("cuda")
 
 
 def test_without_a_compiler_training_goes_on(monkeypatch, capsys):
@@ -2340,7 +2342,7 @@ def test_nothing_in_a_model_folder_is_executed(folder, tmp_path):
 
 
 def test_no_code_from_elsewhere_is_trusted():
-    for name in ("run.py", "data.py"):
+    for name in MODULES:
         source = (HERE / name).read_text(encoding="utf-8")
         assert "trust_remote_code=True" not in source
         assert source.count("torch.load(") == source.count("weights_only=True)")
@@ -2414,7 +2416,7 @@ def test_a_model_folder_that_stores_its_table_of_positions_loads(folder, tmp_pat
     assert "positions.table" not in weights
     save_file(weights | {"positions.table": torch.zeros(64, 32)}, old / "model.safetensors")
     logits = [
-        run.load_model(str(name), torch.device("cpu"))[0](random_ids(1, 5), random_ids(1, 5))
+        translate.load_model(str(name), torch.device("cpu"))[0](random_ids(1, 5), random_ids(1, 5))
         for name in (folder, old)
     ]
     assert torch.equal(*logits)
@@ -2502,7 +2504,7 @@ def test_translate_writes_one_line_per_line(folder):
     out = done.stdout.split("\n")
     assert out.pop() == "" and len(out) == len(lines)
     assert out[1] == out[2] == out[5] == "" and any(out)
-    translator = run.load_translator(str(folder))
+    translator = translate.load_translator(str(folder))
     assert translator.translate(["I see a dog.", "", "The cat sleeps."]) == [out[3], "", out[0]]
     more = {"input": b"fine\n\xff\xfe\n", "text": False, "encoding": None}
     done = command("translate", "--model", folder, **more)
@@ -2511,13 +2513,12 @@ def test_translate_writes_one_line_per_line(folder):
     assert done.stderr.decode().splitlines()[-1].startswith("error: standard input, line 2")
 
 
-def test_a_model_is_used_from_python_in_another_folder(folder, tmp_path, monkeypatch):
-    """As the README has it."""
-    monkeypatch.setenv("PYTHONPATH", str(HERE))
+def test_a_model_is_used_from_python_in_another_folder(folder, tmp_path):
+    """As the README has it, with copies of all files but run.py."""
     shutil.copytree(folder, tmp_path / "runs" / "NAME")
-    found = run_readme_code(0, tmp_path)
+    found = run_readme_code(0, tmp_path, *MODULES[:-1])
     lines = ["The teacher sees you.", "We like the red house."]
-    assert found.strip() == str(run.load_translator(str(folder)).translate(lines))
+    assert found.strip() == str(translate.load_translator(str(folder)).translate(lines))
 
 
 def test_over_long_lines_are_split_and_named(folder, tmp_path, capsys, prepared):
@@ -2538,7 +2539,7 @@ def test_texts_are_split_where_it_hurts_least(folder):
     tokenizer = data.load_tokenizer(str(folder))
 
     def split(text: str, most: int) -> list[str]:
-        pieces = run.split_text(text, tokenizer, most)
+        pieces = translate.split_text(text, tokenizer, most)
         assert all(len(ids) <= most and ids[-1] == 1 for ids in pieces)
         return data.decode_ids(pieces, tokenizer, "en")
 
@@ -2568,7 +2569,7 @@ def test_any_lines_are_translated_one_by_one_and_in_order(folder):
     empty = [not data.normalize(line, "en") for line in lines]
     assert sum(empty) > SENTENCES / 7
     assert not any(output for output, nothing in zip(found, empty) if nothing)
-    translator = run.load_translator(str(folder))
+    translator = translate.load_translator(str(folder))
     for i in chance.sample(range(SENTENCES), 30):
         assert translator.translate([lines[i]]) == [found[i]]
 
@@ -2576,7 +2577,7 @@ def test_any_lines_are_translated_one_by_one_and_in_order(folder):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_translating_takes_no_more_memory_for_more_lines(folder):
     pages, lines = [], (f"The cat sees {n}." for n in range(SENTENCES))
-    translator = run.load_translator(str(folder))
+    translator = translate.load_translator(str(folder))
     for number, _ in enumerate(translator.stream(lines, window=max(16, SENTENCES // 100))):
         if number % (SENTENCES // 4) == SENTENCES // 4 - 1:
             pages.append(int(Path("/proc/self/statm").read_text().split()[1]))
@@ -2584,7 +2585,7 @@ def test_translating_takes_no_more_memory_for_more_lines(folder):
 
 
 def test_translate_reads_a_window_at_a_time_and_keeps_the_order(folder):
-    translator = run.load_translator(str(folder), batch_tokens=64)
+    translator = translate.load_translator(str(folder), batch_tokens=64)
     lines = [f"I see {'a dog and ' * (n % 5)}{n}." for n in range(40)]
     seen = []
     stream = translator.stream((line for line in lines if not seen.append(line)), window=8)
@@ -2594,7 +2595,7 @@ def test_translate_reads_a_window_at_a_time_and_keeps_the_order(folder):
     assert found == [translator.translate([line])[0] for line in lines]
     lengths = [3, 50, 4, 4, 9, 9, 9, 200]
     rows = sorted(range(8), key=lengths.__getitem__)
-    batches = list(run.batch_by_tokens(rows, lengths, 40))
+    batches = list(translate.batch_by_tokens(rows, lengths, 40))
     assert [row for batch in batches for row in batch] == rows
     sizes = [len(batch) * max(lengths[row] for row in batch) for batch in batches]
     assert all(size <= 40 or len(batch) == 1 for size, batch in zip(sizes, batches))
@@ -2623,7 +2624,7 @@ def test_evaluate_scores_a_file(folder, tmp_path, capsys):
     result = json.loads(report.read_text())
     assert result["pairs"] == 2
     assert result["signature"] in capsys.readouterr().out
-    translator = run.load_translator(str(folder))
+    translator = translate.load_translator(str(folder))
     sources = [source for source, _ in pairs]
     assert lines.read_text("utf-8").splitlines() == translator.translate(sources)
     assert main(*flags, "--hypotheses", lines) == 2, "it is not replaced"
@@ -2714,7 +2715,7 @@ def test_export_writes_a_folder_for_transformers_alone(folder, tmp_path, capsys)
     tokenizer = transformers.AutoTokenizer.from_pretrained(output)
     model = transformers.AutoModelForSeq2SeqLM.from_pretrained(output)
     text = "I see a dog."
-    expected = run.load_translator(str(folder)).translate([text])[0]
+    expected = translate.load_translator(str(folder)).translate([text])[0]
     batch = tokenizer([text], return_tensors="pt")
     limit = {"max_new_tokens": 2 * batch["input_ids"].size(1) + 10, "max_length": None}
     (read,) = tokenizer.batch_decode(model.generate(**batch, **limit), skip_special_tokens=True)
@@ -2731,7 +2732,7 @@ def test_an_engine_folder_translates_and_evaluates_like_its_model(folder, tmp_pa
     assert size[1] < 0.8 * size[0]
     lines = [english for english, _ in data.phrasebook(200, seed=1)]
     lines += ["", " ".join(lines[:12])]  # longer than the model knows: in pieces
-    translators = [run.load_translator(str(name)) for name in (folder, tmp_path / "ct2")]
+    translators = [translate.load_translator(str(name)) for name in (folder, tmp_path / "ct2")]
     found = [translator.translate(lines) for translator in translators]
     assert found[0] == found[1] and len(found[0]) == 202
     assert all("translated in pieces" in " ".join(each.notes) for each in translators)
@@ -3163,9 +3164,9 @@ def run_readme_code(number: int, folder: Path, *files: str) -> str:
 
 
 def test_the_code_in_the_readme_runs_as_printed(tmp_path):
-    out = run_readme_code(1, tmp_path, "positional.py", "seq2seq.py")
+    out = run_readme_code(1, tmp_path, *MODULES[:2])
     assert out.split() == ["reward", "desserts", "noitalsnart"]
-    out = run_readme_code(2, tmp_path, "positional.py", "seq2seq.py", "data.py", "run.py")
+    out = run_readme_code(2, tmp_path, *MODULES)
     losses = [float(loss) for loss in re.findall(r", ([\d.]+)\)", out)]
     assert len(losses) == 3 and losses[-1] < losses[0] < math.log(28)
 
@@ -3173,12 +3174,18 @@ def test_the_code_in_the_readme_runs_as_printed(tmp_path):
 def test_the_raw_loop_runs_when_it_is_copied_as_the_readme_says(tmp_path):
     """With the imports of the two files, but without the files, and another model."""
     parts = {"run.py": ("what both loops share", "the state of a run", "the raw loop")}
-    parts["data.py"] = ("batches",)
+    parts["data.py"] = ("messages", "batches")
     imports, code = "", inspect.getsource(data.PairDataset)
     for name, headings in parts.items():
         source = (HERE / name).read_text(encoding="utf-8")
         for line in re.findall(r"^(?:from|import) [^(\n]*\n", source, re.MULTILINE):
-            own = line.split()[1].split(".")[0] in ("data", "positional", "seq2seq", "tyro")
+            own = line.split()[1].split(".")[0] in (
+                "data",
+                "positional",
+                "seq2seq",
+                "translate",
+                "tyro",
+            )
             imports += "" if own else line
         for heading in headings:
             code += source.split(f"\n# ---- {heading} -")[1].split("\n# ---- ")[0].lstrip("-")

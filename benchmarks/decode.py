@@ -26,6 +26,7 @@ import torch
 
 import data
 import run
+import translate
 from benchmarks.harness import (
     describe_machine,
     matmul_rate,
@@ -34,7 +35,8 @@ from benchmarks.harness import (
     start,
     synchronize,
 )
-from run import InputError, TrainConfig
+from data import InputError
+from run import TrainConfig
 from seq2seq import TransformerSeq2SeqModel, beam_search, greedy_decode
 
 
@@ -65,8 +67,8 @@ def reference_case(config: DecodeBench, device: torch.device):
         lengths = torch.randint(5, 25, (config.sentences,)).tolist()
         ids = [[*torch.randint(3, vocabulary, (length,)).tolist(), 1] for length in lengths]
         return model.eval(), Numbered(), ids
-    model, tokenizer, languages = run.load_model(config.model, device)
-    if isinstance(model, run.Engine):
+    model, tokenizer, languages = translate.load_model(config.model, device)
+    if isinstance(model, translate.Engine):
         raise InputError(f"{config.model} is an exported folder: give the one it was made of")
     lines = (english for english, _ in data.phrasebook(config.sentences, seed=1))
     texts = [data.normalize(line, languages[0]) for line in islice(lines, config.sentences)]
@@ -109,7 +111,7 @@ def load_transformers(model, tokenizer, limit: int, threads: int) -> Decoder:
     torch.set_num_threads(threads)
     transformers.logging.set_verbosity_error()
     device, config = next(model.parameters()).device, model.config
-    exported = run.to_transformers(model).to(device)
+    exported = translate.to_transformers(model).to(device)
     exported.generation_config.max_length = None  # max_new_tokens decides
 
     @torch.inference_mode()
@@ -130,12 +132,12 @@ def load_transformers(model, tokenizer, limit: int, threads: int) -> Decoder:
 def load_ctranslate2(
     model, tokenizer, limit: int, threads: int, quantization: str | None = None
 ) -> Decoder:
-    """CTranslate2, through our export, searching as `run.Engine` does."""
+    """CTranslate2, through our export, searching as `translate.Engine` does."""
     import ctranslate2
 
     device = next(model.parameters()).device.type
     with tempfile.TemporaryDirectory() as folder:
-        run.to_ctranslate2(model, tokenizer, Path(folder), quantization)
+        translate.to_ctranslate2(model, tokenizer, Path(folder), quantization)
         translator = ctranslate2.Translator(folder, device, intra_threads=threads)
     tokens = tokenizer.convert_ids_to_tokens(range(model.config.vocab_size))
     number = {token: i for i, token in enumerate(tokens)}
@@ -168,7 +170,7 @@ def without_ends(row: list[int], config) -> list[int]:
 def serve_library(name: str, config: DecodeBench, pipe) -> None:
     """A library in this process, which is its own: says None once loaded, then answers (batch size,
     beam size, passes). No passes: the first run, (outputs, seconds). Else: seconds of a pass."""
-    device, threads = run.choose_device(config.device), torch.get_num_threads()
+    device, threads = translate.choose_device(config.device), torch.get_num_threads()
     # CTranslate2 ends up with torch's OpenMP. Had torch started threads of its own, all together
     # would count as too many for the cores and fall asleep after every operation.
     torch.set_num_threads(1)
@@ -229,9 +231,9 @@ def compare(serve: dict[str, Callable], size: int, beam: int, config: DecodeBenc
 
 def main(config: DecodeBench) -> dict:
     counts = (config.sentences, config.max_new_tokens, config.turns, *config.batch, *config.beam)
-    run.require(min(counts) >= 1, "all counts must be at least 1")
+    data.require(min(counts) >= 1, "all counts must be at least 1")
     run.check_report(config.json)
-    device = run.choose_device(config.device)
+    device = translate.choose_device(config.device)
     model, _, sentences = reference_case(config, device)
     rate = matmul_rate(device)
     names = [name for name in LIBRARIES if name == "ours" or find_spec(name.split()[0])]
@@ -240,7 +242,7 @@ def main(config: DecodeBench) -> dict:
     report |= {"matmul_gflops": round(rate / 1e9, 1), "rows": [], "left_out": {}}
     total = len(config.batch) * len(config.beam) * len(names) * (config.turns + 1)
     jobs = {name: (name, config) for name in names}
-    with serving(serve_library, jobs) as serve, run.progress_bar(total=total) as bar:
+    with serving(serve_library, jobs) as serve, data.progress_bar(total=total) as bar:
         start(serve, report["left_out"])
         for size in config.batch:
             for beam in config.beam:

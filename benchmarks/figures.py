@@ -15,8 +15,10 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks.lightning import ARMS, GROUPS
-from run import Engine, InputError, load_translator, split_text, write_file
+from data import InputError
+from run import write_file
 from seq2seq import cross_attention_weights
+from translate import Engine, load_translator, split_text
 
 HERE = Path(__file__).parent
 

@@ -19,7 +19,8 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from run import InputError, versions
+from data import InputError
+from run import versions
 
 
 @contextlib.contextmanager

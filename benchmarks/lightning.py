@@ -27,6 +27,7 @@ from torch import Tensor
 
 import data
 import run
+import translate
 from benchmarks.harness import (
     describe_machine,
     matmul_rate,
@@ -37,7 +38,8 @@ from benchmarks.harness import (
     synchronize,
     take_turns,
 )
-from run import PAPER_BASE, InputError, Prepared, State, TrainConfig, print_field, require
+from data import InputError, require
+from run import PAPER_BASE, Prepared, State, TrainConfig, print_field
 from seq2seq import Seq2SeqConfig, count_flops
 
 WINDOW = run.LOG_EVERY  # steps in a turn: all that is periodic comes round once
@@ -250,7 +252,7 @@ def serve_arm(arm: Arm, config: TrainConfig, prepared: Prepared, device_name: st
     for stream in (sys.stdout, sys.stderr):
         os.dup2(os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
     try:
-        device = run.choose_device(device_name)
+        device = translate.choose_device(device_name)
         model, loaders, state = bench_case(config, prepared, device)
         gc.disable()
         require(not arm.compile or run.compile_model(model), "nothing can compile here")
@@ -386,7 +388,7 @@ def main(arguments: list[str]) -> int:
     run.check_report(config.profile, key="schemaVersion")
     turns = config.turns or (4 if config.quick else 12)
     require(turns >= 3, "--turns must be at least 3, or there is no interval")
-    device = run.choose_device(config.device)
+    device = translate.choose_device(config.device)
     precision = run.choose_precision(config.precision, device)
     run.use_tensor_cores(device)
     sizes = SIZES["cuda" if device.type == "cuda" else "cpu"]
@@ -403,7 +405,7 @@ def main(arguments: list[str]) -> int:
     peak = matmul_rate(device, precision)
     report["matmul_gflops"] = peak / 1e9
     total = sum((turns + 1) * len(group) for _, group in plan)
-    bar = run.progress_bar(desc="bench", total=total, unit="turn")
+    bar = data.progress_bar(desc="bench", total=total, unit="turn")
     with bar, tempfile.TemporaryDirectory() as folder:
         fixed = {"max_epochs": 1, "precision": precision, "mlruns": f"{folder}/mlruns"}
         settings = {}

@@ -22,6 +22,7 @@ import torch
 
 import data
 import run
+import translate
 from benchmarks.harness import describe_machine, run_script
 from run import Prepared, TrainConfig
 from seq2seq import Seq2SeqConfig
@@ -62,7 +63,7 @@ def build_peer(peer: Peer, config: TrainConfig, tokenizer):
 
     ids = {"pad_id": tokenizer.pad_token_id, "eos_id": tokenizer.eos_token_id}
     sizes = run.sizes_of(config) | ids | {"vocab_size": len(tokenizer), "dropout": DROPOUT}
-    settings = run.transformers_settings(Seq2SeqConfig(**sizes), len(tokenizer))
+    settings = translate.transformers_settings(Seq2SeqConfig(**sizes), len(tokenizer))
     torch.manual_seed(config.seed)
     if peer.pre_norm:  # with weights as wide as embeddings are to be
         made = transformers.PegasusConfig(**settings, init_std=config.d_model**-0.5)
@@ -131,7 +132,7 @@ def translate_peer(model, prepared: Prepared, config: TrainConfig) -> list[str]:
     order, found = sorted(range(len(rows)), key=lambda i: len(rows[i])), [""] * len(rows)
     device = next(model.parameters()).device
     model.eval()
-    for start in run.progress_bar(range(0, len(rows), 32), desc="translate"):
+    for start in data.progress_bar(range(0, len(rows), 32), desc="translate"):
         places = order[start : start + 32]
         ids = data.pad_side([torch.tensor(rows[i]) for i in places], model.config.pad_token_id)
         ids = ids.to(device)
@@ -165,15 +166,15 @@ def main(config: QualityBench) -> dict:
     flags += ["--loop", "raw", "--mlruns", "none"]
     if config.max_epochs:
         flags += ["--max-epochs", str(config.max_epochs)]
-    report = describe_machine(run.choose_device("auto")) | {"rows": {}}
+    report = describe_machine(translate.choose_device("auto")) | {"rows": {}}
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "ours"
-        run.require(run.main([*flags, "--output", str(output)]) == 0, "ours did not train")
+        data.require(run.main([*flags, "--output", str(output)]) == 0, "ours did not train")
         metrics = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
         _, settings = run.parse_command_line(flags)
         prepared = run.prepare_data(settings)
         references = [pair.target for pair in prepared.test_pairs]
-        translator = run.load_translator(str(output), beam=BEAM)
+        translator = translate.load_translator(str(output), beam=BEAM)
         hypotheses = {"ours": translator.translate([pair.source for pair in prepared.test_pairs])}
     seconds = metrics["train_seconds"]
     done = {"ours": ("ours, --preset small", metrics["steps"], seconds)}
@@ -185,7 +186,7 @@ def main(config: QualityBench) -> dict:
     p_values = compare(hypotheses, references)
     for name, (label, steps, taken) in done.items():
         row = {"label": label, "steps": steps, "seconds": round(taken, 1)}
-        row |= run.score(hypotheses[name], references) | {"p": p_values.get(name)}
+        row |= translate.score(hypotheses[name], references) | {"p": p_values.get(name)}
         report["rows"][name] = row
         print(f"{label:34}{row['bleu']:7.2f} BLEU{row['chrf']:7.2f} chrF  {steps:6,} steps")
     if config.json:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import data
 import run
+import translate
 from benchmarks.harness import (
     describe_machine,
     matmul_rate,
@@ -33,8 +34,9 @@ from benchmarks.harness import (
     take_turns,
 )
 from benchmarks.lightning import WIDE, WIDEST
+from data import InputError
 from positional import sinusoidal_positional_encoding
-from run import InputError, TrainConfig
+from run import TrainConfig
 from seq2seq import (
     VOCAB_MULTIPLE,
     Seq2SeqConfig,
@@ -134,7 +136,7 @@ class Marian(nn.Module):
         from transformers import MarianConfig, MarianMTModel
 
         rows = data.round_up(config.vocab_size, VOCAB_MULTIPLE)
-        settings = MarianConfig(**run.transformers_settings(config, rows), use_cache=False)
+        settings = MarianConfig(**translate.transformers_settings(config, rows), use_cache=False)
         try:
             settings._attn_implementation = "sdpa"
             self.model = MarianMTModel(settings)
@@ -233,7 +235,7 @@ def serve_trainee(
 ) -> None:
     """Answers, whenever asked, what a turn over the batches took; first of all None."""
     warnings.filterwarnings("ignore", "enable_nested_tensor")  # of nn.Transformer
-    device = run.choose_device(device_name)
+    device = translate.choose_device(device_name)
     run.use_tensor_cores(device)
     torch.manual_seed(0)
     try:
@@ -297,10 +299,10 @@ def describe_trainee(answers: list[dict], batches: list, lengths: list, config, 
 
 def main(config: TrainBench) -> dict:
     """Few trainees at a time, which are close in time; ours is always there."""
-    run.require(min(config.steps, config.max_length) >= 1, "--steps, --max-length: at least 1")
-    run.require(config.turns >= 3, "--turns must be at least 3, or there is no interval")
+    data.require(min(config.steps, config.max_length) >= 1, "--steps, --max-length: at least 1")
+    data.require(config.turns >= 3, "--turns must be at least 3, or there is no interval")
     run.check_report(config.json)
-    device = run.choose_device(config.device)
+    device = translate.choose_device(config.device)
     precision = run.choose_precision(config.precision, device)
     budget = config.batch_tokens or (25_000 if device.type == "cuda" else 2048)
     names = ("dataset", "tokenizer", "max_length")
@@ -319,7 +321,7 @@ def main(config: TrainBench) -> dict:
     report |= {"batch_tokens": budget, "rows": {}, "left_out": {}}
     peak, found = 0.0, {}  # name -> answers, each with that of ours
     total = (config.turns + 1) * sum(map(len, groups))
-    with run.progress_bar(desc="train", total=total, unit="turn") as bar:
+    with data.progress_bar(desc="train", total=total, unit="turn") as bar:
         for group in groups:
             # The best that the machine did at any time, or a slow moment would flatter all.
             peak = max(peak, matmul_rate(device, precision))
