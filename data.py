@@ -75,10 +75,23 @@ def note(text: str) -> None:
         print(f"note: {text}", file=sys.stderr)
 
 
+class LogLines:
+    """In the place of stderr: a progress bar that is drawn again becomes another line."""
+
+    def write(self, text: str) -> None:
+        if text := text.strip():
+            print(text, file=sys.stderr, flush=True)
+
+    def flush(self) -> None:
+        pass
+
+
 def progress_bar(iterable=None, **settings) -> tqdm:
     """On stderr, of the first process; where that is no terminal, a line every half minute."""
     settings = {"disable": not is_first_process()} | settings
-    return tqdm(iterable, mininterval=0.1 if sys.stderr.isatty() else 30, **settings)
+    if not sys.stderr.isatty():
+        settings |= {"file": LogLines(), "mininterval": 30}
+    return tqdm(iterable, **settings)
 
 
 # ---- text ----------------------------------------------------------------------------------------
@@ -188,6 +201,11 @@ def _import_datasets():
 FORMATS = {".tsv": "tsv", ".csv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
+def _first_record(path: Path, delimiter: str) -> list[str]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        return next(csv.reader(file, delimiter=delimiter), [])
+
+
 def _file_table(path: Path) -> Table:
     """A file in one of the `FORMATS`."""
     kind, lines = FORMATS[path.suffix.lower()], read_lines(path)
@@ -201,10 +219,13 @@ def _file_table(path: Path) -> Table:
     def load():
         datasets, options = _import_datasets(), {"split": "train", "data_files": str(path)}
         if kind == "csv":
-            with path.open(encoding="utf-8-sig", newline="") as file:
-                columns = [str(number) for number, _ in enumerate(next(csv.reader(file), []))]
+            first, delimiter = _first_record(path, ","), ","
+            if len(first) == 1 and ";" in first[0]:  # Excel's, where the comma is the decimal point
+                first, delimiter = _first_record(path, ";"), ";"
+            columns = [str(number) for number, _ in enumerate(first)]
             features = datasets.Features(dict.fromkeys(columns, datasets.Value("string")))
             options |= {"header": None, "column_names": columns, "features": features}
+            options["delimiter"] = delimiter
             # "NA" and "null" are words, and an empty line is a row.
             options |= {"keep_default_na": False, "na_filter": False, "skip_blank_lines": False}
         return datasets.load_dataset(kind, streaming=True, **options)  # streams leave no cache
@@ -300,7 +321,7 @@ def _open_tables(
         return [_datasets_table(label, partial(_hub_dataset, names[0], subset, split))]
     if unknown and not len(unknown) == len(paths) == 2:
         raise InputError(
-            f"cannot tell what {unknown[0]} is: give files ending in {' '.join(FORMATS)}, "
+            f"cannot tell what {unknown[0]} is: give unpacked {' '.join(FORMATS)} files, "
             "or exactly two line-aligned text files, source first"
         )
     for path in paths:
@@ -341,6 +362,7 @@ def _choose_columns(
             if column not in numbers:
                 raise InputError(f"{table.label}: no column {column!r}; found {listed}")
         found = numbers[columns[0]], numbers[columns[1]]
+        require(found[0] != found[1], f"{table.label}: --columns names one column twice")
         is_header = is_header or (table.names is None and set(columns) <= set(names))
     elif is_header:
         source, target = (names[i] for i in found)
@@ -356,6 +378,12 @@ def _choose_columns(
             )
         note(f"{table.label} names no languages: column 1 is {languages[0]}, 2 is {languages[1]}")
         found = 0, 1
+    for name in (names[i] for i in found if is_header and (columns is None or names[i] in columns)):
+        require(
+            names.count(name) == 1,
+            f"{table.label}: several columns are called {name!r}, and one is taken; pick two by "
+            "number, such as --columns 1 2",
+        )
     return *found, is_header
 
 
@@ -397,6 +425,8 @@ def read_pairs(
             texts = [fields[i] if len(fields) == width else "" for i in (source, target)]
             texts = ["" if text is None else text for text in texts]
             for text in texts:
+                if isinstance(text, list):
+                    raise InputError(f"{place}: several texts, where only one is taken; keep one")
                 if not isinstance(text, str) or SURROGATE.search(text):
                     raise InputError(f"{place}: expected text, found {text!r:.40}")
             yield Pair(*map(normalize, texts, languages), place)

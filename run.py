@@ -1354,6 +1354,23 @@ def checkpoint_folder(config: TrainConfig) -> Path:
     return folder if any(folder.glob("step-*.pt")) else Path(f"{folder}.checkpoints")
 
 
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder of checkpoints meanwhile. Raises InputError."""
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        if is_first_process():
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"another run is writing to {folder}; wait for its end") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def write_checkpoint(folder: Path, about: dict, checkpoint: dict) -> Path | None:
     """Write a checkpoint, whole or not at all, and keep the one before. about: settings of the run
     and a digest of its data. Only the first process writes. Raises Failed."""
@@ -1680,7 +1697,7 @@ def train(config: TrainConfig) -> int:
     elif config.init is not None and is_first_process():  # that model may be moved meanwhile
         save_tokenizer(prepared.tokenizer, checkpoints / "tokenizer")
 
-    with recording(state):
+    with claimed(checkpoints), recording(state):
         record = None
         with stopping_on_signals(state):
             if state.epoch < config.max_epochs:
@@ -2018,7 +2035,9 @@ def main(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (InputError, OSError) as error:  # disk full, no permission, name too long
-        print(f"error: {data.one_line(error, None)}", file=sys.stderr)
+        # A mistake is the same in all processes, a disk may be full in one of them.
+        if is_first_process() or isinstance(error, OSError):
+            print(f"error: {data.one_line(error, None)}", file=sys.stderr)
         return 2
     except (Failed, RuntimeError, MemoryError) as error:
         reason = str(error)

@@ -987,7 +987,8 @@ def test_every_format_holds_the_same_pairs(tmp_path):
         ("a.jsonl", b'{"en": "a", "de": "b"}\n', r"a\.jsonl: no columns.*found en, de"),
         ("a.jsonl", b'{"en": "a", "ro": "b"}\n[1]\n', r"a\.jsonl: not readable"),
         ("a.jsonl", b'{"en": "a", "ro": 5}\n', r"a\.jsonl row 1: expected text, found 5"),
-        ("a.jsonl", b'{"en": ["a"], "ro": ["b"]}\n', r"a\.jsonl row 1: expected text, found \['a'"),
+        ("a.jsonl", b'{"en": "a", "ro": ["b", "c"]}\n', r"a\.jsonl row 1: several texts, where"),
+        ("a.tsv", b"en\tro\tro\na\tb\tc\n", r"a\.tsv: several columns are called 'ro'.*number"),
         ("a.jsonl", b'{"en": "\\ud800", "ro": "b"}\n', r"a\.jsonl: not readable"),
         ("a.jsonl", b"[" * 100_000, r"a\.jsonl: not readable"),
         ("a.jsonl", b'{"en": "a", "ro": "\xff"}\n', r"a\.jsonl:1: not valid UTF-8"),
@@ -996,6 +997,7 @@ def test_every_format_holds_the_same_pairs(tmp_path):
         ("a.json", b'\n[{"en": "a"}]', r"found en;"),
         ("a.parquet", b"PAR1 not", r"a\.parquet: not readable"),
         ("a.xlsx", b"", "cannot tell what"),
+        ("a.tsv.gz", b"\x1f\x8b", "cannot tell what.*give unpacked"),
         ("a.tsv", b"", "no pairs left"),
         ("a.tsv", b"\ta\na\t\n", "no pairs left.*2 empty"),
         ("a.tsv", b"a\tb\n", "cannot hold out"),
@@ -1017,13 +1019,12 @@ HEADERS = ["English\tRomanian", "EN\tRO", "eng\tron", "src\ttgt", "ro_RO\ten-GB"
 
 
 @pytest.mark.parametrize("header", HEADERS)
-@pytest.mark.parametrize("suffix", [".tsv", ".csv"])
-def test_a_header_is_recognised_in_all_usual_spellings(header, suffix, tmp_path, capsys):
+@pytest.mark.parametrize(("suffix", "between"), [(".tsv", "\t"), (".CSV", ", "), (".csv", ";")])
+def test_a_header_is_recognised_in_all_usual_spellings(header, suffix, between, tmp_path, capsys):
+    """A space after the comma, as people type it, and semicolons, as Excel writes them."""
     swapped = header[0] in "rt"
     lines = [header, *("\t".join(pair[::-1] if swapped else pair) for pair in TEXT)]
-    text = "\n".join(lines)
-    if suffix == ".csv":
-        text = text.replace("\t", ", ")  # a space after the comma, as people type it
+    text = "\n".join(lines).replace("\t", between)
     (tmp_path / f"a{suffix}").write_text(text, encoding="utf-8")
     assert read_all(tmp_path / f"a{suffix}") == TEXT
     assert f"a{suffix}: line 1 is a header; source is " in capsys.readouterr().err
@@ -1045,6 +1046,8 @@ def test_columns_are_picked_by_name_or_number(tmp_path, capsys):
     assert read_all(records, columns=("3", "2")) == [pair[::-1] for pair in TEXT]
     with pytest.raises(InputError, match="no column '5'; found id, text"):
         read_all(headed, columns=("2", "5"))
+    with pytest.raises(InputError, match="one column twice"):
+        read_all(headed, columns=("2", "text"))
     plain.write_text("en_id\ten\tro\n1\tThe lamp.\tLampa.\n", encoding="utf-8")
     assert read_all(plain) == TEXT[:1], "of several of a language the one named after it"
 
@@ -1582,6 +1585,13 @@ def test_wrong_values_are_refused_in_one_line_and_nothing_is_written(
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and error.startswith("error: ")
     assert not list(tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_of_several_processes_the_first_names_a_mistake(rank, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", rank)
+    assert main("--warmup", 2) == 2
+    assert ("error: --warmup" in capsys.readouterr().err) == (rank == "0")
 
 
 def test_pushing_needs_a_key(capsys, monkeypatch):
@@ -2268,6 +2278,9 @@ def test_a_run_is_resumed_extended_and_started_from(folder, tmp_path, capsys, mo
     ):
         assert main(*flags) == 2
         assert message in capsys.readouterr().err
+    with run.claimed(copy / "model.checkpoints"):
+        assert main("--resume", model, "--max-epochs", 2) == 2
+    assert "error: another run is writing to" in capsys.readouterr().err
     shutil.move(model, copy / "elsewhere")
     assert main(*SMALL, "--output", model) == 2
     assert "belongs to another run: continue it with --resume" in capsys.readouterr().err
@@ -2389,7 +2402,8 @@ def test_a_run_leaves_a_whole_model_folder_and_nothing_else(folder):
     assert metrics["signature"] in out and out.count("translation  ") == 6
     more = f"python run.py --resume {folder}.checkpoints --max-epochs 2"
     assert f"{folder}.checkpoints is kept for {more}; delete it otherwise" in out
-    assert (root / "stderr").read_text().count("\r") < 30, "few lines of progress in a file"
+    log = (root / "stderr").read_text()
+    assert "\r" not in log and log.count("epoch 1/1:  ") < 30, "few lines of progress in a file"
     assert [path.name for path in (root / "work").iterdir()] == ["runs"]
     left = [path for path in (root / "home").rglob("*") if path.is_file()]
     assert not [path for path in left if not {".cache", ".config"} & set(path.parts)]
@@ -2401,12 +2415,14 @@ def test_a_run_leaves_a_whole_model_folder_and_nothing_else(folder):
 
 def test_a_damaged_model_folder_is_refused(folder, tmp_path, capsys):
     damages = [("model.safetensors", b"\x80\x04damaged"), ("config.json", b"{}")]
+    damages += [("tokenizer.json", b"{}")]
     for name, content in (*damages, ("config.json", b"not json")):
         copy = shutil.copytree(folder, tmp_path / f"{name}-{len(content)}")
         (copy / name).write_bytes(content)
         assert main("translate", "--model", copy, "text") == 2
         error = capsys.readouterr().err
         assert "no model folder" in error and error.count("\n") == 1
+        assert "--" not in error and "train" not in error, "no advice that translate has no use for"
 
 
 def test_a_model_folder_that_stores_its_table_of_positions_loads(folder, tmp_path):

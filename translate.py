@@ -91,7 +91,10 @@ def load_model(folder: str, device: torch.device):
     except (OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError) as error:
         reason = data.one_line(error)
         raise InputError(f"{folder} is no model folder of this program: {reason}") from None
-    tokenizer = data.load_tokenizer(str(path))
+    try:
+        tokenizer = data.load_tokenizer(str(path))
+    except InputError:  # which would advise how to train with another
+        raise InputError(f"{folder} is no model folder: its tokenizer is damaged") from None
     model = Engine(path, model.config, tokenizer, device.type) if is_engine else model.eval()
     return model, tokenizer, languages
 
