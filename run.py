@@ -2054,4 +2054,7 @@ def main(arguments: list[str]) -> int:
 if __name__ == "__main__":
     for number in STOP_SIGNALS:
         signal.signal(number, raise_interrupted)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by who started the program
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
     sys.exit(main(sys.argv[1:]))

@@ -2529,6 +2529,12 @@ def test_translate_writes_one_line_per_line(folder):
     assert done.stderr.decode().splitlines()[-1].startswith("error: standard input, line 2")
 
 
+def test_closed_standard_streams_are_no_error(folder):
+    words = [sys.executable, HERE / "run.py", "translate", "--model", folder, "I see a dog."]
+    shell = f"exec {shlex.join(map(str, words))} <&- >&- 2>&-"
+    assert subprocess.call(["sh", "-c", shell]) == 0
+
+
 def test_a_model_is_used_from_python_in_another_folder(folder, tmp_path):
     """As the README has it, with copies of all files but run.py."""
     shutil.copytree(folder, tmp_path / "runs" / "NAME")

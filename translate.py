@@ -10,6 +10,7 @@ CTranslate2 in the place of the model, export.
 import json
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -135,9 +136,9 @@ class Translator:
         score is None unless asked for. Should `lines` fail, what came before is translated first.
         """
         numbered = enumerate(lines, 1)
-        with progress_bar(
-            desc="translate", total=total, unit="line", disable=self.silent or None
-        ) as bar:
+        settings = {"desc": "translate", "unit": " lines", "unit_scale": True}
+        silent = self.silent or not sys.stderr.isatty()
+        with progress_bar(total=total, disable=silent, **settings) as bar:
             failure = None
             while failure is None:
                 part = []
