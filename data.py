@@ -90,7 +90,7 @@ def progress_bar(iterable=None, **settings) -> tqdm:
     """On stderr, of the first process; where that is no terminal, a line every half minute."""
     settings = {"disable": not is_first_process()} | settings
     if not sys.stderr.isatty():
-        settings |= {"file": LogLines(), "mininterval": 30}
+        settings |= {"file": LogLines(), "mininterval": 30, "maxinterval": 30}
     return tqdm(iterable, **settings)
 
 
@@ -338,8 +338,10 @@ def _find_columns(names: list[str], languages: tuple[str, str]) -> tuple[int, in
     for sides in (wanted, [["source", "src"], ["target", "tgt", "trg"]]):
         found = [[i for i, code in enumerate(codes) if code in side] for side in sides]
         if all(found) and found[0] != found[1]:
-            # The shortest name of several: "en" rather than "en_id".
-            source, target = (min(side, key=lambda i: len(names[i])) for side in found)
+            # Of several the one that is the language's alone: "en" or "english", not "en_id".
+            spellings = {*chain(*LANGUAGES.values())}
+            order = [(name.lower() not in spellings, len(name)) for name in names]
+            source, target = (min(side, key=order.__getitem__) for side in found)
             return source, target
     return None
 
@@ -356,14 +358,14 @@ def _choose_columns(
     found = _find_columns(names, languages)
     is_header = table.names is None and found is not None
     if columns is not None:
-        numbers = {str(i): i - 1 for i in range(1, len(names) + 1)}
-        numbers |= {name: i for i, name in enumerate(names)}
+        positions = {str(i): i - 1 for i in range(1, len(names) + 1)}
+        numbers = {name: i for i, name in enumerate(names)} | positions  # a text may be a number
         for column in columns:
             if column not in numbers:
                 raise InputError(f"{table.label}: no column {column!r}; found {listed}")
         found = numbers[columns[0]], numbers[columns[1]]
         require(found[0] != found[1], f"{table.label}: --columns names one column twice")
-        is_header = is_header or (table.names is None and set(columns) <= set(names))
+        is_header = is_header or (table.names is None and not set(columns) <= positions.keys())
     elif is_header:
         source, target = (names[i] for i in found)
         note(f"{table.label}: line 1 is a header; source is {source!r}, target is {target!r}")

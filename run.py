@@ -1356,16 +1356,18 @@ def checkpoint_folder(config: TrainConfig) -> Path:
 
 @contextlib.contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a folder of checkpoints meanwhile. Raises InputError."""
+    """Keep other runs out of a folder of checkpoints while the block runs. Raises InputError."""
     import fcntl
 
+    if not is_first_process():
+        yield
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        if is_first_process():
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(f"another run is writing to {folder}; wait for its end") from None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another run is writing to {folder}; wait for its end") from None
         yield
     finally:
         os.close(descriptor)
@@ -1394,7 +1396,7 @@ def read_checkpoint(folder: Path, silent: bool = False) -> dict:
     """The newest checkpoint that can be read; those that cannot are said. Nothing in them is
     executed. Raises InputError where there is none."""
     paths = sorted(folder.glob("step-*.pt"), reverse=True)
-    require(bool(paths), f"--resume: no checkpoints in {folder}")
+    require(bool(paths), f"--resume: no checkpoints in {folder}; --init starts from a model")
     for path in paths:
         try:
             with zipfile.ZipFile(path) as archive:  # torch does not compare checksums
@@ -1636,19 +1638,19 @@ def check_report(name: str | None, key: str | None = "versions") -> None:
 
 
 def name_output(config: TrainConfig) -> TrainConfig:
-    """With a name for the model folder, the same in all processes and no other run's: it is claimed
-    by making the folder of its checkpoints."""
+    """With a name for the model folder, the same in all processes; a name of our own is no other
+    run's: it is taken by making the folder of its checkpoints. That folder exists afterwards."""
     names = [config.output]
     if config.output is not None and is_first_process():
         checkpoint_folder(config).mkdir(parents=True, exist_ok=True)  # or fail before training
-    now = f"runs/{datetime.now():%Y%m%d-%H%M%S}-{config.preset}"
-    for number in count(1):
-        if names[0] is not None or not is_first_process():
-            break
-        name = now if number == 1 else f"{now}-{number}"
-        with contextlib.suppress(FileExistsError):
-            Path(f"{name}.checkpoints").mkdir(parents=True)
-            names[0] = name
+    elif is_first_process():
+        Path("runs").mkdir(exist_ok=True)
+        now = f"runs/{datetime.now():%Y%m%d-%H%M%S}-{config.preset}"
+        for name in chain([now], (f"{now}-{number}" for number in count(2))):
+            with contextlib.suppress(FileExistsError):
+                Path(f"{name}.checkpoints").mkdir()
+                names[0] = name
+                break
     if distributed.is_initialized():
         distributed.broadcast_object_list(names)
     return dataclasses.replace(config, output=names[0])
@@ -1694,10 +1696,10 @@ def train(config: TrainConfig) -> int:
     state = State(config, loaders[0], save, after_epoch)
     if checkpoint is not None:
         resume(state, model, checkpoint, about)
-    elif config.init is not None and is_first_process():  # that model may be moved meanwhile
-        save_tokenizer(prepared.tokenizer, checkpoints / "tokenizer")
 
     with claimed(checkpoints), recording(state):
+        if checkpoint is None and config.init is not None and is_first_process():
+            save_tokenizer(prepared.tokenizer, checkpoints / "tokenizer")  # it may be moved
         record = None
         with stopping_on_signals(state):
             if state.epoch < config.max_epochs:
@@ -1933,6 +1935,7 @@ def translate(config: TranslateConfig) -> int:
     for text in config.text:
         require(not data.SURROGATE.search(text), f"not valid UTF-8: {text!r:.60}")
     more = {"num_return": config.num_return, "scores": config.scores}
+    more["silent"] = sys.stdout.isatty()  # where the bar would be drawn over the translations
     translator = load_translator(**decoding_of(config), **more)
     sys.stdout.reconfigure(encoding="utf-8")
     # A person who types waits for each line, a file does not.

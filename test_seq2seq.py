@@ -1048,8 +1048,13 @@ def test_columns_are_picked_by_name_or_number(tmp_path, capsys):
         read_all(headed, columns=("2", "5"))
     with pytest.raises(InputError, match="one column twice"):
         read_all(headed, columns=("2", "text"))
-    plain.write_text("en_id\ten\tro\n1\tThe lamp.\tLampa.\n", encoding="utf-8")
-    assert read_all(plain) == TEXT[:1], "of several of a language the one named after it"
+    for names in ("en_id\ten\tro", "en_id\tenglish\tro"):
+        plain.write_text(f"{names}\n1\tThe lamp.\tLampa.\n", encoding="utf-8")
+        assert read_all(plain) == TEXT[:1], "of several of a language the one named after it"
+    plain.write_text("3\tThe lamp.\tLampa.\n", encoding="utf-8")
+    assert read_all(plain, columns=("2", "3")) == TEXT[:1], "a number is no text of the first line"
+    plain.write_text("sentence\ttext\nThe lamp.\tLampa.\n", encoding="utf-8")
+    assert read_all(plain, columns=("sentence", "2")) == TEXT[:1], "one name makes a header"
 
 
 def test_the_direction_is_that_of_the_data(tmp_path, capsys):
@@ -2536,7 +2541,7 @@ def test_closed_standard_streams_are_no_error(folder):
 
 
 def test_a_model_is_used_from_python_in_another_folder(folder, tmp_path):
-    """As the README has it, with copies of all files but run.py."""
+    """As the README has it, with copies of the files it names."""
     shutil.copytree(folder, tmp_path / "runs" / "NAME")
     found = run_readme_code(0, tmp_path, *MODULES[:-1])
     lines = ["The teacher sees you.", "We like the red house."]

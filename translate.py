@@ -2,9 +2,9 @@
 
     load_translator("runs/NAME").translate(["The teacher sees you."])
 
-It needs positional.py, seq2seq.py, data.py and what these import, safetensors, tqdm, and for its
-parts sacreBLEU, transformers or CTranslate2. In reading order: loading, translating, scoring,
-CTranslate2 in the place of the model, export.
+It needs positional.py, seq2seq.py, data.py, numpy, tqdm, safetensors and transformers, to score
+sacreBLEU, and CTranslate2 for its folders. In reading order: loading, translating, scoring,
+CTranslate2 in the place of the model, export (the model alone: `export` in run.py makes folders).
 """
 
 import json
@@ -437,7 +437,7 @@ def to_transformers(model: TransformerSeq2SeqModel):
 
 
 def complete_tokenizer(tokenizer) -> None:
-    """Make the tokenizer do by itself what this module does around it: normalise the text, end it
+    """Make the tokenizer do by itself what data.py does around it: normalise the text, end it
     in eos, leave spaces alone when it decodes."""
     from tokenizers import Regex, normalizers, processors
 
