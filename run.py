@@ -1997,7 +1997,7 @@ def export(config: ExportConfig) -> int:
     what = f"CTranslate2, {config.quantization or 'float32'}"
     if not to_engine:
         exported = to_transformers(model)
-        complete_tokenizer(tokenizer)
+        complete_tokenizer(tokenizer, model.config)
         what = f"{type(exported).__name__}, float32, for transformers"
 
     def fill(folder: Path) -> None:

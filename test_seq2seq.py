@@ -384,7 +384,7 @@ def numbered_tokenizer(vocab_size: int):
 def save_exported(model, folder: Path) -> Path:
     """A folder as `python run.py export` writes it, for a model without a tokenizer."""
     tokenizer = numbered_tokenizer(50)
-    translate.complete_tokenizer(tokenizer)
+    translate.complete_tokenizer(tokenizer, model.config)
     translate.to_transformers(model).save_pretrained(folder)
     run.save_tokenizer(tokenizer, folder)
     return folder
@@ -470,6 +470,17 @@ def test_ctranslate2_translates_alike(kind, norm_first, tied, tmp_path):
     expected = without_pads(greedy_decode(model, source))
     assert [best.tokens for (best,) in found] == expected
     assert len({tuple(row) for row in expected}) > 4
+
+
+def test_ctranslate2_has_positions_for_all_that_can_be_decoded(tmp_path):
+    pytest.importorskip("ctranslate2")
+    model = tiny_model(max_length=600, d_model=16, num_encoder_layers=1, num_decoder_layers=1)
+    with torch.no_grad():
+        model.embedding.weight[1] = 0  # eos never wins
+    translate.to_ctranslate2(model.eval(), numbered_tokenizer(50), tmp_path)
+    engine = translate.Engine(tmp_path, model.config, numbered_tokenizer(50), "cpu")
+    ((best,),) = engine.decode([[*[5] * 599, 1]], 1, 1.0, 1, False)
+    assert len(best.tokens) == 2 * 600 + 10
 
 
 def test_ctranslate2_finds_what_our_beams_find(learnt, tmp_path):
@@ -2542,6 +2553,11 @@ def test_closed_standard_streams_are_no_error(folder):
 
 def test_a_model_is_used_from_python_in_another_folder(folder, tmp_path):
     """As the README has it, with copies of the files it names."""
+    for wrong in ({"beam": 0}, {"num_return": 2}, {"precision": "fp16"}):
+        with pytest.raises(InputError, match="must be|fp32 or bf16"):
+            translate.load_translator(str(folder), **wrong)
+    with pytest.raises(InputError, match="a list of lines"):
+        translate.load_translator(str(folder)).translate("The teacher sees you.")
     shutil.copytree(folder, tmp_path / "runs" / "NAME")
     found = run_readme_code(0, tmp_path, *MODULES[:-1])
     lines = ["The teacher sees you.", "We like the red house."]

@@ -32,7 +32,6 @@ from seq2seq import (
 )
 
 TRANSLATE_WINDOW = 2048  # lines sorted by length together
-EXPORTED_POSITIONS = 1024  # rows of the position table in an exported folder
 ENGINE_FILE = "seq2seq.json"  # what CTranslate2's own files do not say
 ENGINE_HINT = "CTranslate2 is not installed: pip install ctranslate2"
 
@@ -125,8 +124,14 @@ class Translator:
     # What happened -> how many lines, and the numbers of the first of them, from 1.
     notes: dict[str, tuple[int, list[int]]] = field(default_factory=dict)
 
+    def __post_init__(self):
+        least = min(self.beam, self.num_return, self.batch_tokens)
+        require(least >= 1, "beam, num_return and batch_tokens must be at least 1")
+        require(self.num_return <= self.beam, "num_return must be at most beam")
+
     def translate(self, lines: list[str]) -> list[str]:
         """The best translation of each line; an empty line stays empty."""
+        require(not isinstance(lines, str), "translate takes a list of lines")
         return [best[0] for best, *_ in self.stream(lines, len(lines))]
 
     def stream(
@@ -261,6 +266,7 @@ def load_translator(
     load_translator("runs/NAME").translate(["A sentence."]) returns a list of translations.
     decoding: beam, length_penalty, batch_tokens, num_return, scores. Raises InputError.
     """
+    require(precision in ("fp32", "bf16"), f"precision {precision}: fp32 or bf16")
     model, tokenizer, languages = load_model(folder, choose_device(device))
     if precision == "bf16" and not isinstance(model, Engine):
         model.to(torch.bfloat16)
@@ -342,10 +348,15 @@ class Engine:
 # ---- export --------------------------------------------------------------------------------------
 
 
+def exported_positions(config: Seq2SeqConfig) -> int:
+    """Rows of the position table in an exported folder: all that can be decoded, and to spare."""
+    return max(1024, 2 * config.max_length + 10)
+
+
 def transformers_settings(config: Seq2SeqConfig, vocab_size: int) -> dict:
     """Ours in the words of transformers' Pegasus and Marian."""
     settings = {"vocab_size": vocab_size, "d_model": config.d_model, "dropout": config.dropout}
-    settings |= {"max_position_embeddings": EXPORTED_POSITIONS, "scale_embedding": True}
+    settings |= {"max_position_embeddings": exported_positions(config), "scale_embedding": True}
     settings |= {"tie_word_embeddings": config.tie_embeddings, "activation_function": "relu"}
     settings |= {"attention_dropout": 0.0, "activation_dropout": 0.0}
     settings |= {"pad_token_id": config.pad_id, "decoder_start_token_id": config.pad_id}
@@ -430,18 +441,18 @@ def to_transformers(model: TransformerSeq2SeqModel):
     missing = [name for name in missing if "embed_positions" not in name]
     assert not missing and not unexpected, (missing, unexpected)
     generation = exported.generation_config
-    generation.max_length = EXPORTED_POSITIONS // 2  # else 20 tokens
+    generation.max_length = exported_positions(config) // 2  # else 20 tokens
     generation.num_beams = 1
     generation.suppress_tokens = [config.pad_id]  # the start token is no translation
     return exported.eval()
 
 
-def complete_tokenizer(tokenizer) -> None:
+def complete_tokenizer(tokenizer, config: Seq2SeqConfig) -> None:
     """Make the tokenizer do by itself what data.py does around it: normalise the text, end it
     in eos, leave spaces alone when it decodes."""
     from tokenizers import Regex, normalizers, processors
 
-    eos, tokenizer.model_max_length = tokenizer.eos_token, EXPORTED_POSITIONS
+    eos, tokenizer.model_max_length = tokenizer.eos_token, exported_positions(config)
     tokenizer.clean_up_tokenization_spaces = False
     # No token types, which such models do not take; both places, for transformers 4 and 5.
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
@@ -495,7 +506,7 @@ def to_ctranslate2(
         if config.positional == "learned":
             part.position_encodings.encodings = array(model.positions.embedding.weight)
         elif config.positional != "rotary":
-            table = sinusoidal_positional_encoding(EXPORTED_POSITIONS, width)
+            table = sinusoidal_positional_encoding(exported_positions(config), width)
             table = table if config.positional == "sinusoidal" else torch.zeros_like(table)
             part.position_encodings.encodings = table.numpy()
         if config.norm_first:
