@@ -20,9 +20,13 @@ do with a trained model is in translate.py, `bench` in benchmarks/lightning.py.
 
 import os
 import signal
+import sys
 
 if __name__ == "__main__":  # until all is loaded, or imports would print a traceback on Ctrl-C
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by who started the program
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 import argparse
 import atexit
@@ -38,7 +42,6 @@ import random
 import shlex
 import shutil
 import ssl
-import sys
 import tempfile
 import time
 import warnings
@@ -1699,7 +1702,8 @@ def train(config: TrainConfig) -> int:
 
     with claimed(checkpoints), recording(state):
         if checkpoint is None and config.init is not None and is_first_process():
-            save_tokenizer(prepared.tokenizer, checkpoints / "tokenizer")  # it may be moved
+            # For `--resume`: the model that it comes from may have been moved by then.
+            save_tokenizer(prepared.tokenizer, checkpoints / "tokenizer")
         record = None
         with stopping_on_signals(state):
             if state.epoch < config.max_epochs:
@@ -2057,7 +2061,4 @@ def main(arguments: list[str]) -> int:
 if __name__ == "__main__":
     for number in STOP_SIGNALS:
         signal.signal(number, raise_interrupted)
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed by who started the program
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
     sys.exit(main(sys.argv[1:]))

@@ -2546,9 +2546,10 @@ def test_translate_writes_one_line_per_line(folder):
 
 
 def test_closed_standard_streams_are_no_error(folder):
-    words = [sys.executable, HERE / "run.py", "translate", "--model", folder, "I see a dog."]
-    shell = f"exec {shlex.join(map(str, words))} <&- >&- 2>&-"
-    assert subprocess.call(["sh", "-c", shell]) == 0
+    for arguments in (["translate", "--model", folder, "I see a dog."], ["--help"]):
+        words = [sys.executable, HERE / "run.py", *arguments]
+        shell = f"exec {shlex.join(map(str, words))} <&- >&- 2>&-"
+        assert subprocess.call(["sh", "-c", shell]) == 0
 
 
 def test_a_model_is_used_from_python_in_another_folder(folder, tmp_path):
@@ -3222,14 +3223,8 @@ def test_the_raw_loop_runs_when_it_is_copied_as_the_readme_says(tmp_path):
     for name, headings in parts.items():
         source = (HERE / name).read_text(encoding="utf-8")
         for line in re.findall(r"^(?:from|import) [^(\n]*\n", source, re.MULTILINE):
-            own = line.split()[1].split(".")[0] in (
-                "data",
-                "positional",
-                "seq2seq",
-                "translate",
-                "tyro",
-            )
-            imports += "" if own else line
+            module = line.split()[1].split(".")[0]
+            imports += "" if module == "tyro" or f"{module}.py" in MODULES else line
         for heading in headings:
             code += source.split(f"\n# ---- {heading} -")[1].split("\n# ---- ")[0].lstrip("-")
     fields = "max_epochs=2, accumulate=2, learning_rate=1e-2, warmup=0.1, cooldown=0.3, clip_norm=1"
