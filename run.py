@@ -266,7 +266,6 @@ from seq2seq import Seq2SeqConfig, TransformerSeq2SeqModel
 from translate import (
     ENGINE_FILE,
     TRANSLATE_WINDOW,
-    Engine,
     Translator,
     choose_device,
     complete_tokenizer,
@@ -1996,8 +1995,6 @@ def export(config: ExportConfig) -> int:
     require(to_engine or not config.quantization, "--quantization belongs to --to ctranslate2")
     check_output(output)
     model, tokenizer, languages = load_model(config.model, torch.device("cpu"))
-    if isinstance(model, Engine):
-        raise InputError(f"{config.model} is an exported folder: give the one it was made of")
     what = f"CTranslate2, {config.quantization or 'float32'}"
     if not to_engine:
         exported = to_transformers(model)

@@ -588,23 +588,26 @@ class KeyValueCache:
 # ---- decoding ------------------------------------------------------------------------------------
 
 
-def _limits(
-    model: TransformerSeq2SeqModel, input_ids: Tensor, max_new_tokens: int | None
+def output_limits(
+    config: Seq2SeqConfig, source_lengths: list[int], max_new_tokens: int | None = None
 ) -> list[int]:
-    """How many tokens each row may write."""
-    config = model.config
-    if not input_ids.numel():
-        raise ValueError(f"nothing to decode: input_ids is {list(input_ids.shape)}")
-    if max_new_tokens is None:
-        lengths = input_ids.ne(config.pad_id).sum(dim=1).tolist()
-        limits = [2 * length + 10 for length in lengths]
-    elif max_new_tokens < 1:
+    """How many tokens each translation may have: `max_new_tokens`, or twice its source and ten
+    more; learned positions end at `max_length`."""
+    if max_new_tokens is not None and max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    else:
-        limits = [max_new_tokens] * len(input_ids)
+    limits = [max_new_tokens or 2 * length + 10 for length in source_lengths]
     if config.positional == "learned":
         limits = [min(limit, config.max_length) for limit in limits]
     return limits
+
+
+def _limits(
+    model: TransformerSeq2SeqModel, input_ids: Tensor, max_new_tokens: int | None
+) -> list[int]:
+    if not input_ids.numel():
+        raise ValueError(f"nothing to decode: input_ids is {list(input_ids.shape)}")
+    lengths = input_ids.ne(model.config.pad_id).sum(dim=1).tolist()
+    return output_limits(model.config, lengths, max_new_tokens)
 
 
 @contextlib.contextmanager

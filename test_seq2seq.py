@@ -3209,7 +3209,7 @@ def run_readme_code(number: int, folder: Path, *files: str) -> str:
 
 def test_the_code_in_the_readme_runs_as_printed(tmp_path):
     out = run_readme_code(1, tmp_path, *MODULES[:2])
-    assert out.split() == ["reward", "desserts", "noitalsnart"]
+    assert out == "desserts\n"
     out = run_readme_code(2, tmp_path, *MODULES)
     losses = [float(loss) for loss in re.findall(r", ([\d.]+)\)", out)]
     assert len(losses) == 3 and losses[-1] < losses[0] < math.log(28)

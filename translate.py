@@ -29,6 +29,7 @@ from seq2seq import (
     TransformerSeq2SeqModel,
     beam_search,
     greedy_decode,
+    output_limits,
 )
 
 TRANSLATE_WINDOW = 2048  # lines sorted by length together
@@ -62,16 +63,19 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def load_model(folder: str, device: torch.device):
+def load_model(folder: str, device: torch.device, exported: bool = False):
     """(model in eval mode, tokenizer, (source language, target language)). Raises InputError.
 
     The weights are mapped from the file into the model, without being initialised or copied.
+    exported: of a folder exported for CTranslate2, return its `Engine`, and do not refuse it.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     path = Path(folder).expanduser()
     is_engine = (path / "model.bin").is_file()
+    allowed = exported or not is_engine
+    require(allowed, f"{folder} is an exported folder: give the one it was made of")
     try:
         file = path / (ENGINE_FILE if is_engine else "config.json")
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -267,7 +271,7 @@ def load_translator(
     decoding: beam, length_penalty, batch_tokens, num_return, scores. Raises InputError.
     """
     require(precision in ("fp32", "bf16"), f"precision {precision}: fp32 or bf16")
-    model, tokenizer, languages = load_model(folder, choose_device(device))
+    model, tokenizer, languages = load_model(folder, choose_device(device), exported=True)
     if precision == "bf16" and not isinstance(model, Engine):
         model.to(torch.bfloat16)
     return Translator(model, tokenizer, languages, **decoding)
@@ -318,9 +322,7 @@ class Engine:
         self, rows: list[list[int]], beam: int, length_penalty: float, num_return: int, scores: bool
     ) -> list[list[Hypothesis]]:
         """The hypotheses of each row of token ids, best first, cut as `greedy_decode` cuts."""
-        limits = [2 * len(row) + 10 for row in rows]
-        if self.config.positional == "learned":
-            limits = [min(limit, self.config.max_length) for limit in limits]
+        limits = output_limits(self.config, [len(row) for row in rows])
         results = self.translator.translate_batch(
             [[self.tokens[i] for i in row] for row in rows],
             beam_size=beam,
@@ -350,7 +352,7 @@ class Engine:
 
 def exported_positions(config: Seq2SeqConfig) -> int:
     """Rows of the position table in an exported folder: all that can be decoded, and to spare."""
-    return max(1024, 2 * config.max_length + 10)
+    return max(1024, *output_limits(config, [config.max_length]))
 
 
 def transformers_settings(config: Seq2SeqConfig, vocab_size: int) -> dict:

@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from benchmarks.lightning import ARMS, GROUPS
 from data import InputError
 from run import write_file
-from seq2seq import cross_attention_weights
-from translate import Engine, load_translator, split_text
+from seq2seq import cross_attention_weights, greedy_decode
+from translate import load_model, split_text
 
 HERE = Path(__file__).parent
 
@@ -86,13 +86,9 @@ def draw_bench(report: dict, path: Path) -> None:
 def draw_attention(folder: str, text: str, path: Path) -> None:
     """Cross-attention of the last decoder layer while a sentence is translated: a panel for the
     mean over heads and one per head, source tokens across, output tokens down."""
-    translator = load_translator(folder, "cpu")
-    model, tokenizer = translator.model, translator.tokenizer
-    if isinstance(model, Engine):
-        raise InputError(f"{folder} is an exported folder: give the one it was made of")
-    source = split_text(text, tokenizer, model.config.max_length)[0]
-    (best, *_) = translator.decode([source])[0]
-    ids = torch.tensor([source]), torch.tensor([best.tokens])
+    model, tokenizer, _ = load_model(folder, torch.device("cpu"))
+    source = torch.tensor(split_text(text, tokenizer, model.config.max_length)[:1])  # [1, S]
+    ids = source, greedy_decode(model, source)
     heads = cross_attention_weights(model, *ids)[-1, 0]  # [H, T, S]
     labels = [[tokenizer.decode([i]).strip() or "▁" for i in side[0].tolist()] for side in ids]
     panels = [("mean of heads", heads.mean(dim=0))]

@@ -1,12 +1,15 @@
 """Quality of translations beside transformers: the same pairs, vocabulary, minutes and cores.
 
     python -m benchmarks.quality --dataset rosts.en-ro.tsv tatoeba.en-ro.tsv \\
-        --json benchmarks/quality.json
+        --json benchmarks/quality-0.json
 
 Ours is `run.py --preset small`. Each peer then trains for as long as ours did, by transformers'
 `Seq2SeqTrainer` (which needs `pip install accelerate`). All translate the test pairs with four
-beams, and sacreBLEU scores them alike. Marian's learning rate is the best of four (README.md); for
-the pre-LN model, and for batches and warm-up, nothing was searched yet.
+beams, and sacreBLEU scores them alike. Learning rates were chosen on the validation pairs, in a
+quarter of the time:
+
+    python -m benchmarks.quality --dataset rosts.en-ro.tsv tatoeba.en-ro.tsv \\
+        --peers pegasus --learning-rates 1e-3 2e-3 4e-3 --max-epochs 4
 """
 
 import contextlib
@@ -37,6 +40,9 @@ class QualityBench:
     dataset: tuple[str, ...]  # pairs, as for training
     held_out: int = 1000  # sentences for validation, and as many for the test
     seed: int = 0  # of weights, split and order
+    peers: tuple[str, ...] = ("pegasus", "marian")
+    # of the peers, to choose from on the validation pairs; None: the one chosen, on the test pairs
+    learning_rates: tuple[float, ...] | None = None
     max_epochs: int | None = None  # of ours; None: as the preset has it
     json: str | None = None  # file for the figures
 
@@ -72,7 +78,7 @@ def build_peer(peer: Peer, config: TrainConfig, tokenizer):
     return transformers.MarianMTModel(made)
 
 
-def train_peer(peer: Peer, model, prepared: Prepared, config: TrainConfig, seconds: float) -> int:
+def train_peer(model, rate: float, prepared: Prepared, config: TrainConfig, seconds: float) -> int:
     """Train for that long: linear warm-up, then a cosine to zero over the time. Returns the steps
     done."""
     import transformers
@@ -95,7 +101,7 @@ def train_peer(peer: Peer, model, prepared: Prepared, config: TrainConfig, secon
     grouped = {"train_sampling_strategy": "group_by_length"}  # the name since transformers 5
     if not hasattr(transformers.TrainingArguments, "train_sampling_strategy"):
         grouped = {"group_by_length": True}
-    optimizer = torch.optim.Adam(model.parameters(), peer.learning_rate, betas=(0.9, 0.98))
+    optimizer = torch.optim.Adam(model.parameters(), rate, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
     with tempfile.TemporaryDirectory() as folder:
         arguments = transformers.Seq2SeqTrainingArguments(
@@ -125,9 +131,8 @@ def train_peer(peer: Peer, model, prepared: Prepared, config: TrainConfig, secon
 
 
 @torch.inference_mode()
-def translate_peer(model, prepared: Prepared, config: TrainConfig) -> list[str]:
-    """The test pairs' sources by `generate`, in batches of like lengths."""
-    texts = [pair.source for pair in prepared.test_pairs]
+def translate_peer(model, texts: list[str], prepared: Prepared, config: TrainConfig) -> list[str]:
+    """Translations by `generate`, in batches of like lengths."""
     rows = data.encode_texts(texts, prepared.tokenizer)
     order, found = sorted(range(len(rows)), key=lambda i: len(rows[i])), [""] * len(rows)
     device = next(model.parameters()).device
@@ -161,6 +166,8 @@ def compare(hypotheses: dict[str, list[str]], references: list[str]) -> dict[str
 
 def main(config: QualityBench) -> dict:
     run.check_report(config.json)
+    for name in config.peers:
+        data.require(name in PEERS, f"--peers {name}: there are {' and '.join(PEERS)}")
     flags = ["--preset", "small", "--dataset", *config.dataset, "--seed", str(config.seed)]
     flags += ["--validation-size", str(config.held_out), "--test-size", str(config.held_out)]
     flags += ["--loop", "raw", "--mlruns", "none"]
@@ -173,22 +180,25 @@ def main(config: QualityBench) -> dict:
         metrics = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
         _, settings = run.parse_command_line(flags)
         prepared = run.prepare_data(settings)
-        references = [pair.target for pair in prepared.test_pairs]
+        pairs = prepared.validation_pairs if config.learning_rates else prepared.test_pairs
+        sources, references = [pair.source for pair in pairs], [pair.target for pair in pairs]
         translator = translate.load_translator(str(output), beam=BEAM)
-        hypotheses = {"ours": translator.translate([pair.source for pair in prepared.test_pairs])}
+        hypotheses = {"ours": translator.translate(sources)}
     seconds = metrics["train_seconds"]
     done = {"ours": ("ours, --preset small", metrics["steps"], seconds)}
-    for name, peer in PEERS.items():
-        model, started = build_peer(peer, settings, prepared.tokenizer), time.perf_counter()
-        steps = train_peer(peer, model, prepared, settings, seconds)
-        done[name] = (peer.label, steps, time.perf_counter() - started)
-        hypotheses[name] = translate_peer(model, prepared, settings)
+    for name in config.peers:
+        for rate in config.learning_rates or (PEERS[name].learning_rate,):
+            peer, key = PEERS[name], f"{name} {rate:g}"
+            model, started = build_peer(peer, settings, prepared.tokenizer), time.perf_counter()
+            steps = train_peer(model, rate, prepared, settings, seconds)
+            done[key] = (f"{peer.label}, {rate:g}", steps, time.perf_counter() - started)
+            hypotheses[key] = translate_peer(model, sources, prepared, settings)
     p_values = compare(hypotheses, references)
     for name, (label, steps, taken) in done.items():
         row = {"label": label, "steps": steps, "seconds": round(taken, 1)}
         row |= translate.score(hypotheses[name], references) | {"p": p_values.get(name)}
         report["rows"][name] = row
-        print(f"{label:34}{row['bleu']:7.2f} BLEU{row['chrf']:7.2f} chrF  {steps:6,} steps")
+        print(f"{label:40}{row['bleu']:7.2f} BLEU{row['chrf']:7.2f} chrF  {steps:6,} steps")
     if config.json:
         run.write_json(Path(config.json).expanduser(), report)
     return report
