@@ -10,6 +10,8 @@ quarter of the time:
 
     python -m benchmarks.quality --dataset rosts.en-ro.tsv tatoeba.en-ro.tsv \\
         --peers pegasus --learning-rates 1e-3 2e-3 4e-3 --max-epochs 4
+
+`--texts FOLDER` trains nothing and writes the pairs for JoeyNMT, whose settings are in README.md.
 """
 
 import contextlib
@@ -44,6 +46,7 @@ class QualityBench:
     # of the peers, to choose from on the validation pairs; None: the one chosen, on the test pairs
     learning_rates: tuple[float, ...] | None = None
     max_epochs: int | None = None  # of ours; None: as the preset has it
+    texts: str | None = None  # folder for the three parts as line-aligned texts; nothing is trained
     json: str | None = None  # file for the figures
 
 
@@ -151,6 +154,22 @@ def translate_peer(model, texts: list[str], prepared: Prepared, config: TrainCon
     return found
 
 
+def write_texts(folder: Path, prepared: Prepared, config: TrainConfig) -> None:
+    """train, dev and test, a file for each language, as our tokenizer sees them."""
+    sides = ([row.tolist() for row in side] for side in zip(*prepared.train))
+    decoded = (
+        data.decode_ids(rows, prepared.tokenizer, code)
+        for rows, code in zip(sides, config.languages)
+    )
+    parts = {"train": list(zip(*decoded)), "dev": prepared.validation_pairs}
+    parts["test"] = prepared.test_pairs
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, pairs in parts.items():
+        for place, code in enumerate(config.languages):
+            lines = "".join(f"{pair[place]}\n" for pair in pairs)
+            run.write_text(folder / f"{name}.{code}", lines)
+
+
 def compare(hypotheses: dict[str, list[str]], references: list[str]) -> dict[str, float]:
     """p-values of sacreBLEU's paired bootstrap test, of BLEU, ours beside each."""
     from sacrebleu.metrics import BLEU
@@ -173,12 +192,15 @@ def main(config: QualityBench) -> dict:
     flags += ["--loop", "raw", "--mlruns", "none"]
     if config.max_epochs:
         flags += ["--max-epochs", str(config.max_epochs)]
+    _, settings = run.parse_command_line(flags)
+    if config.texts:
+        write_texts(Path(config.texts).expanduser(), run.prepare_data(settings), settings)
+        return {}
     report = describe_machine(translate.choose_device("auto")) | {"rows": {}}
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "ours"
         data.require(run.main([*flags, "--output", str(output)]) == 0, "ours did not train")
         metrics = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
-        _, settings = run.parse_command_line(flags)
         prepared = run.prepare_data(settings)
         pairs = prepared.validation_pairs if config.learning_rates else prepared.test_pairs
         sources, references = [pair.source for pair in pairs], [pair.target for pair in pairs]
