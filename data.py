@@ -13,6 +13,7 @@ torch, numpy, datasets, transformers, scikit-learn, requests and tqdm, and nothi
 repository.
 """
 
+import contextlib
 import csv
 import logging
 import math
@@ -171,6 +172,7 @@ def read_lines(path: Path) -> Iterator[tuple[str, str]]:
 def _aligned_table(paths: list[Path], languages: tuple[str, str]) -> Table:
     """Line n of one file is the translation of line n of the other; endings may name languages."""
     label, names = " ".join(map(str, paths)), [path.suffix[1:] for path in paths]
+    require(paths[0] != paths[1], f"{label}: one file twice; give the other side's as well")
     if _find_columns(names, languages) == (1, 0):
         raise InputError(
             f"{label}: the source language is {languages[0]}, but the endings say {names[0]} to "
@@ -197,41 +199,49 @@ def _import_datasets():
     return datasets
 
 
-# By the ending of a file. TSV is read as it stands, without quoting; the others by `datasets`.
+def _csv_records(path: Path, delimiter: str) -> Iterator[tuple[str, list[str]]]:
+    """(place, fields). Raises InputError, also for quotes that do not match, which would make one
+    field of many lines."""
+    lines = (f"{line}\n" for _, line in read_lines(path))
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    try:
+        for fields in reader:
+            yield f"{path}:{reader.line_num}", fields
+    except csv.Error as error:
+        way = "write a quote inside a quoted text twice, or give a .tsv file, which has no quoting"
+        raise InputError(f"{path}:{reader.line_num}: {one_line(error)}; {way}") from None
+
+
+def _csv_delimiter(path: Path) -> str:
+    """What splits the first records into equally many fields: a comma, else a semicolon (Excel's,
+    where the comma is the decimal point), else a tab."""
+    for delimiter in ",;\t":
+        with contextlib.suppress(InputError):
+            records = islice(_csv_records(path, delimiter), 100)
+            widths = {len(fields) for _, fields in records if fields}
+            if len(widths) == 1 and widths != {1}:
+                return delimiter
+    return ","
+
+
+# By the ending of a file. TSV is read as it stands, without quoting; JSON and Parquet by
+# `datasets`.
 FORMATS = {".tsv": "tsv", ".csv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-
-
-def _first_record(path: Path, delimiter: str) -> list[str]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        return next(csv.reader(file, delimiter=delimiter), [])
 
 
 def _file_table(path: Path) -> Table:
     """A file in one of the `FORMATS`."""
-    kind, lines = FORMATS[path.suffix.lower()], read_lines(path)
+    kind = FORMATS[path.suffix.lower()]
     if kind == "tsv" or path.stat().st_size == 0:
-        return Table(str(path), ((place, line.split("\t")) for place, line in lines))
-    if kind != "parquet":  # checked here, because errors of `datasets` tell no line
-        for place, line in lines:
-            if kind == "csv" and "\0" in line:  # older pandas cut the field there
-                raise InputError(f"{place}: a NUL character, which .csv cannot hold")
-
-    def load():
-        datasets, options = _import_datasets(), {"split": "train", "data_files": str(path)}
-        if kind == "csv":
-            first, delimiter = _first_record(path, ","), ","
-            if len(first) == 1 and ";" in first[0]:  # Excel's, where the comma is the decimal point
-                first, delimiter = _first_record(path, ";"), ";"
-            columns = [str(number) for number, _ in enumerate(first)]
-            features = datasets.Features(dict.fromkeys(columns, datasets.Value("string")))
-            options |= {"header": None, "column_names": columns, "features": features}
-            options["delimiter"] = delimiter
-            # "NA" and "null" are words, and an empty line is a row.
-            options |= {"keep_default_na": False, "na_filter": False, "skip_blank_lines": False}
-        return datasets.load_dataset(kind, streaming=True, **options)  # streams leave no cache
-
-    table = _datasets_table(str(path), load)
-    return table._replace(names=None) if kind == "csv" else table
+        return Table(str(path), ((place, line.split("\t")) for place, line in read_lines(path)))
+    if kind == "csv":
+        return Table(str(path), _csv_records(path, _csv_delimiter(path)))
+    if kind == "json":  # checked here, because errors of `datasets` tell no line
+        for _ in read_lines(path):
+            pass
+    # Streams leave no cache.
+    options = {"split": "train", "data_files": str(path), "streaming": True}
+    return _datasets_table(str(path), lambda: _import_datasets().load_dataset(kind, **options))
 
 
 def _datasets_table(label: str, load: Callable) -> Table:
@@ -366,6 +376,8 @@ def _choose_columns(
         found = numbers[columns[0]], numbers[columns[1]]
         require(found[0] != found[1], f"{table.label}: --columns names one column twice")
         is_header = is_header or (table.names is None and not set(columns) <= positions.keys())
+        if table.names is None and not is_header:
+            note(f"{table.label}: line 1 is read as a pair; columns given by name make it a header")
     elif is_header:
         source, target = (names[i] for i in found)
         note(f"{table.label}: line 1 is a header; source is {source!r}, target is {target!r}")
@@ -374,9 +386,12 @@ def _choose_columns(
         known = {*LANGUAGES, *map(language_code, languages)}
         named = table.names is not None or any(language_code(name) in known for name in names)
         if named or len(names) != 2:
+            way = "pick two by name or number, such as --columns 1 2"
+            if len(names) < 2:
+                way = "each side needs a column of its own"
             raise InputError(
                 f"{table.label}: no columns for {languages[0]} and {languages[1]}, found {listed}; "
-                "pick two by name or number, such as --columns 1 2"
+                f"{way}"
             )
         note(f"{table.label} names no languages: column 1 is {languages[0]}, 2 is {languages[1]}")
         found = 0, 1
@@ -501,6 +516,8 @@ def load_tokenizer(name: str):
                 trust_remote_code=False,
             )
     except Exception as error:  # noqa: BLE001 - of many kinds, others in every version
+        if folder.is_dir():  # of a model, where no other would do
+            raise InputError(f"no tokenizer can be read in {name}: {one_line(error)}") from None
         advice = "give another name, the folder of a tokenizer, or train one: train:8000"
         raise _cannot_load(f"tokenizer {name}", error, online, advice) from None
     if tokenizer.eos_token_id is None:
@@ -607,7 +624,7 @@ def hold_out(
     except ValueError:
         raise InputError(
             f"cannot hold out {size} of {len(numbers)} source sentences; "
-            "give more pairs or hold out fewer"
+            "give more pairs or another size"
         ) from None
     return [items[row] for row in sorted(rest)], [items[row] for row in sorted(part)]
 

@@ -236,6 +236,7 @@ def parse_command_line(arguments: list[str]):
 
 
 if __name__ == "__main__" and HELP & set(sys.argv) and sys.argv[1] != "bench":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it in silence
     parse_command_line(sys.argv[1:])  # answers and exits, before torch takes seconds to load
 # CTranslate2 shares torch's OpenMP, which reads this when it is loaded: its threads must not fall
 # asleep between two operations of the engine.
@@ -262,7 +263,7 @@ from tqdm import tqdm
 
 import data
 from data import InputError, is_first_process, progress_bar, require
-from seq2seq import Seq2SeqConfig, TransformerSeq2SeqModel
+from seq2seq import TransformerSeq2SeqModel
 from translate import (
     ENGINE_FILE,
     TRANSLATE_WINDOW,
@@ -316,6 +317,7 @@ def check_training(config: TrainConfig) -> None:
         require(value < 1 or value % 1 == 0, f"{flag_of(name)}: a share below 1 or a whole number")
     require(config.warmup + config.cooldown <= 1, "--warmup and --cooldown: more than all steps")
     require(config.output != "", "--output needs a name")
+    require(config.mlruns != "", "--mlruns needs a name; none: nothing is recorded")
     require(not config.compile or config.loop == "raw", "--compile is for --loop raw")
     if config.preset == "small" and config.dataset == (data.PHRASEBOOK,):
         raise InputError("--preset small is for pairs of your own: add --dataset FILE")
@@ -328,7 +330,8 @@ def check_training(config: TrainConfig) -> None:
         found = nearest_existing(Path(config.mlruns).expanduser())
         require(found.is_dir(), f"--mlruns {config.mlruns}: {found} is a file, not a folder")
     try:
-        Seq2SeqConfig(vocab_size=2, dropout=config.dropout, **sizes_of(config))
+        with torch.device("meta"):
+            TransformerSeq2SeqModel(vocab_size=2, dropout=config.dropout, **sizes_of(config))
     except ValueError as error:
         raise InputError(str(error)) from None
 
@@ -1322,6 +1325,15 @@ def check_output(folder: Path, replace: bool = False) -> None:
     check_writable(folder.parent, "place")
 
 
+def check_room(folder: Path, model: nn.Module) -> None:
+    """InputError where a checkpoint and the model would not fit, before anything is learnt."""
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    # The weights, the best weights and Adam's two moments, and the model folder.
+    needs, free = 5 * weights / 1e6, shutil.disk_usage(folder).free / 1e6
+    what = f"{folder}: {free:,.1f} MB are free, a checkpoint and the model take {needs:,.1f}"
+    require(free > needs, f"{what}; make room or give another --output")
+
+
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     """Create a folder, or replace a model folder, whole: `fill` fills another, which then gets the
     name."""
@@ -1351,7 +1363,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
 def checkpoint_folder(config: TrainConfig) -> Path:
     """Where the checkpoints of a run are: NAME.checkpoints beside the model folder NAME."""
     if config.resume is None:
-        return Path(f"{config.output}.checkpoints").expanduser()
+        return Path(f"{Path(config.output)}.checkpoints").expanduser()  # without a slash at its end
     folder = Path(config.resume).expanduser()
     return folder if any(folder.glob("step-*.pt")) else Path(f"{folder}.checkpoints")
 
@@ -1387,8 +1399,8 @@ def write_checkpoint(folder: Path, about: dict, checkpoint: dict) -> Path | None
         write_file(path, partial(torch.save, about | checkpoint))
     except OSError as error:
         last = max(folder.glob("step-*.pt"), default=None)
-        then = f"; {last} is intact: make room, then --resume {folder}" if last else ""
-        raise Failed(f"{error}{then}") from None
+        then = f"{last} is intact: make room, then --resume {folder}" if last else "make room"
+        raise Failed(f"{error}; {then}") from None
     for old in sorted(folder.glob("step-*.pt"))[:-2]:
         old.unlink()
     return path
@@ -1628,7 +1640,8 @@ def check_report(name: str | None, key: str | None = "versions") -> None:
     if name is None:
         return
     path = Path(name).expanduser()
-    fits = path.parent.is_dir() and (path.is_file() or not path.exists())
+    # A link, such as /dev/stdout, would be replaced.
+    fits = path.parent.is_dir() and not path.is_symlink() and (path.is_file() or not path.exists())
     require(fits, f"{path}: no file can be written there")
     if path.exists() and path.stat().st_size > 0:
         try:
@@ -1690,6 +1703,8 @@ def train(config: TrainConfig) -> int:
     metrics = describe_run(config, prepared, model, loaders[0], device)
     config = name_output(config)
     output, checkpoints = Path(config.output).expanduser(), checkpoint_folder(config)
+    if checkpoint is None:
+        check_room(checkpoints, model)
     digest = f"{digest_pairs(prepared.train)} {digest_pairs(prepared.validation)}"
     layout = (len(loaders[0]), config.accumulate, loaders[0].batch_sampler.world)
     about = {"settings": dataclasses.asdict(config), "data": digest, "layout": layout}
@@ -1740,7 +1755,8 @@ def train(config: TrainConfig) -> int:
     print_field("saved", f"{output}")
     more = f"--resume {shlex.quote(str(checkpoints))} --max-epochs {2 * state.epoch}"
     print_field("", f"{checkpoints} is kept for python run.py {more}; delete it otherwise")
-    print(f"\nnext:  python run.py translate --model {place} 'The teacher sees you.'")
+    example = shlex.quote(min((pair.source for pair in prepared.validation_pairs), key=len))
+    print(f"\nnext:  python run.py translate --model {place} {example}")
     print(f"       {evaluation} --dataset unseen.tsv")
     return 0
 
@@ -1956,8 +1972,8 @@ def evaluate(config: EvaluateConfig) -> int:
     check_ranges(config)
     check_report(config.json)
     check_report(config.hypotheses, key=None)
-    different = config.json is None or config.json != config.hypotheses
-    require(different, "--json and --hypotheses are the same file")
+    files = [Path(name).expanduser().resolve() for name in (config.json, config.hypotheses) if name]
+    require(len(set(files)) == len(files), "--json and --hypotheses are the same file")
     dataset = config.dataset
     if dataset is None:
         there = Path(config.model).expanduser().is_dir()

@@ -92,13 +92,15 @@ def load_model(folder: str, device: torch.device, exported: bool = False):
     except FileNotFoundError as error:
         missing = Path(error.filename or path / "model.safetensors").name
         raise InputError(f"{folder} is no model folder: {missing} is missing") from None
+    except KeyError as error:
+        way = "an export to transformers is for transformers"
+        raise InputError(
+            f"{folder} is no model folder: {file.name} has no {error}; {way}"
+        ) from None
     except (OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError) as error:
         reason = data.one_line(error)
         raise InputError(f"{folder} is no model folder of this program: {reason}") from None
-    try:
-        tokenizer = data.load_tokenizer(str(path))
-    except InputError:  # which would advise how to train with another
-        raise InputError(f"{folder} is no model folder: its tokenizer is damaged") from None
+    tokenizer = data.load_tokenizer(str(path))
     model = Engine(path, model.config, tokenizer, device.type) if is_engine else model.eval()
     return model, tokenizer, languages
 

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,8 @@ import torch
 import tyro
 from tqdm import tqdm
 
+import run
 from data import InputError
-from run import versions
 
 
 @contextlib.contextmanager
@@ -47,8 +48,10 @@ def serving(target: Callable, jobs: dict[str, tuple]) -> Iterator[dict[str, Call
         for name, arguments in jobs.items():
             pipes[name], other_end = context.Pipe()
             arguments = (target, *arguments, other_end)
-            processes.append(context.Process(target=begin_service, args=arguments, daemon=True))
-            processes[-1].start()
+            process = context.Process(target=begin_service, args=arguments, daemon=True)
+            with signals_later():  # when the process is there to be killed
+                process.start()
+                processes.append(process)
             other_end.close()
         yield {name: partial(ask, name) for name in jobs}
     finally:
@@ -56,9 +59,28 @@ def serving(target: Callable, jobs: dict[str, tuple]) -> Iterator[dict[str, Call
             process.kill()
 
 
+@contextlib.contextmanager
+def signals_later() -> Iterator[None]:
+    """Handle what comes during the block after it. A process that is started in the block has the
+    signals blocked: should it die before it has read what to do, the one that writes would wait."""
+    came = []
+    handlers = {n: signal.signal(n, lambda *found: came.append(found)) for n in run.STOP_SIGNALS}
+    resource_tracker.ensure_running()  # which unblocks them, when it begins
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, run.STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number, _ in came:
+            signal.raise_signal(number)
+
+
 def begin_service(target: Callable, *arguments) -> None:
     """The first thing in a process that `serving` begins, and will kill."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # for the process that asks
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, run.STOP_SIGNALS)
     # tqdm's own lock is a semaphore, which a killed process leaves behind.
     tqdm.set_lock(threading.RLock())
     target(*arguments)
@@ -134,7 +156,7 @@ def describe_machine(device: torch.device) -> dict:
     if device.type == "cuda":
         machine = torch.cuda.get_device_name()
     command = shlex.join(["python", *sys.orig_argv[1:]])
-    return {"command": command, "machine": machine, "versions": versions()}
+    return {"command": command, "machine": machine, "versions": run.versions()}
 
 
 def run_script(main: Callable, config: type, name: str) -> None:

@@ -386,7 +386,9 @@ def main(arguments: list[str]) -> int:
     require(not (config.json and config.profile), "--profile measures nothing: leave --json out")
     run.check_report(config.json)
     run.check_report(config.profile, key="schemaVersion")
-    turns = config.turns or (4 if config.quick else 12)
+    turns = config.turns
+    if turns is None:
+        turns = 4 if config.quick else 12
     require(turns >= 3, "--turns must be at least 3, or there is no interval")
     device = translate.choose_device(config.device)
     precision = run.choose_precision(config.precision, device)
