@@ -104,6 +104,7 @@ class TrainConfig:
     batch_tokens: int | None = None  # instead: pairs x longest sentence, on either side
     accumulate: int = 1  # batches per optimizer step
     learning_rate: float = 3e-3  # peak learning rate of Adam
+    weight_decay: float = 0.0  # of the matrices, by AdamW
     warmup: float = 0.1  # share of the steps in which the learning rate rises from zero
     cooldown: float = 0.3  # share of the steps, the last ones, in which it falls to zero
     clip_norm: float = 1.0  # largest gradient norm; 0: no clipping
@@ -286,7 +287,8 @@ def flag_of(name: str) -> str:
 
 
 COUNTS = ("max_epochs", "batch_size", "batch_tokens", "accumulate", "num_samples", "num_return")
-AMOUNTS = ("learning_rate", "clip_norm", "checkpoint_every", "validation_size", "test_size", "seed")
+AMOUNTS = ("learning_rate", "weight_decay", "clip_norm", "checkpoint_every", "seed")
+AMOUNTS += ("validation_size", "test_size")
 RANGES = (  # flags of whichever command, lowest and highest value
     ((*COUNTS, "turns"), 1, 2**31),
     (AMOUNTS, 0, 2**31),
@@ -538,12 +540,20 @@ def scale_loss(loss_sum: Tensor, sampler, index: int, accumulate: int) -> Tensor
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """Adam, or AdamW (Loshchilov and Hutter 2019) that keeps norms and biases from decay."""
+    if not config.weight_decay:
+        make, groups = torch.optim.Adam, list(model.parameters())
+    else:
+        make, groups = torch.optim.AdamW, []
+        for is_matrix, decay in ((True, config.weight_decay), (False, 0.0)):
+            chosen = [p for p in model.parameters() if (p.dim() > 1) == is_matrix]
+            groups.append({"params": chosen, "weight_decay": decay})
     # Fused: one kernel, and after an fp16 overflow it skips the step without asking the host. On a
     # CPU torch has it from 2.4 on, in a quarter of the time.
     try:
-        return torch.optim.Adam(model.parameters(), config.learning_rate, fused=True)
+        return make(groups, config.learning_rate, fused=True)
     except RuntimeError:
-        return torch.optim.Adam(model.parameters(), config.learning_rate)
+        return make(groups, config.learning_rate)
 
 
 def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
