@@ -393,7 +393,8 @@ def prepare_data(config: TrainConfig) -> Prepared:
     fitting = data.PairDataset(encode(validation, dropped=over_long))
     dropped["over-long validation"] = over_long["over-long"]
     left = len(train) > 0 and len(fitting) > 0
-    require(left, f"training or validation is empty{data.describe_dropped(dropped)}")
+    way = "; raise --max-length" if dropped["over-long"] else ""
+    require(left, f"training or validation is empty{data.describe_dropped(dropped)}{way}")
     sides = zip(zip(*(pair[:2] for pair in kept)), languages)
     lost = tuple(data.round_trip_loss(list(side), tokenizer, code) for side, code in sides)
     return Prepared(tokenizer, train, fitting, validation, test or [], dict(dropped), lost)
@@ -549,8 +550,9 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
             chosen = [p for p in model.parameters() if (p.dim() > 1) == is_matrix]
             groups.append({"params": chosen, "weight_decay": decay})
     # Fused: one kernel, and after an fp16 overflow it skips the step without asking the host. On a
-    # CPU torch has it from 2.4 on, in a quarter of the time.
+    # CPU torch has it from 2.4 on, in a quarter of the time; before, AdamW fails only when it steps.
     try:
+        torch.optim.Adam(model.parameters(), fused=True)
         return make(groups, config.learning_rate, fused=True)
     except RuntimeError:
         return make(groups, config.learning_rate)
