@@ -517,7 +517,8 @@ def load_tokenizer(name: str):
             )
     except Exception as error:  # noqa: BLE001 - of many kinds, others in every version
         if folder.is_dir():  # of a model, where no other would do
-            raise InputError(f"no tokenizer can be read in {name}: {one_line(error)}") from None
+            reason = one_line(error)
+            raise InputError(f"{name} is no model folder, nor a tokenizer's: {reason}") from None
         advice = "give another name, the folder of a tokenizer, or train one: train:8000"
         raise _cannot_load(f"tokenizer {name}", error, online, advice) from None
     if tokenizer.eos_token_id is None:

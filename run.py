@@ -264,7 +264,8 @@ from tqdm import tqdm
 
 import data
 from data import InputError, is_first_process, progress_bar, require
-from seq2seq import TransformerSeq2SeqModel
+from positional import POSITIONAL_KINDS
+from seq2seq import Seq2SeqConfig, TransformerSeq2SeqModel
 from translate import (
     ENGINE_FILE,
     TRANSLATE_WINDOW,
@@ -332,8 +333,9 @@ def check_training(config: TrainConfig) -> None:
         found = nearest_existing(Path(config.mlruns).expanduser())
         require(found.is_dir(), f"--mlruns {config.mlruns}: {found} is a file, not a folder")
     try:
-        with torch.device("meta"):
-            TransformerSeq2SeqModel(vocab_size=2, dropout=config.dropout, **sizes_of(config))
+        sizes = Seq2SeqConfig(vocab_size=2, dropout=config.dropout, **sizes_of(config))
+        # Some refuse a width, too.
+        POSITIONAL_KINDS[sizes.positional](1, sizes.d_model, sizes.d_model // sizes.nhead)
     except ValueError as error:
         raise InputError(str(error)) from None
 

@@ -1610,6 +1610,7 @@ def test_mistyped_flags_are_answered_with_exit_code_2(arguments, message, capsys
         (["evaluate", "--model", "x", "--num-samples", "-1"], "at least 1"),
         (["evaluate", "--model", "x"], "x is no model folder: it does not exist"),
         (["evaluate", "--model", str(HERE)], "no test part of its own: add --dataset"),
+        (["evaluate", "--model", "x", "--json", "a", "--hypotheses", "a"], "the same file"),
         (["evaluate", "--model", "x", "--json", "a", "--hypotheses", "./a"], "the same file"),
         (["evaluate", "--model", "x", "--json", "/dev/stdout"], "no file can be written"),
         (["evaluate", "--model", "no", "--dataset", "x.tsv"], "no model folder"),
@@ -1621,6 +1622,7 @@ def test_mistyped_flags_are_answered_with_exit_code_2(arguments, message, capsys
             "belongs to --to",
         ),
         (["bench", "--turns", "0"], "at least 3"),
+        (["bench", "--turns", "2"], "at least 3"),
     ],
 )
 def test_wrong_values_are_refused_in_one_line_and_nothing_is_written(
@@ -2477,16 +2479,16 @@ def test_a_run_leaves_a_whole_model_folder_and_nothing_else(folder):
 
 def test_a_damaged_model_folder_is_refused(folder, tmp_path, capsys):
     damages = [("model.safetensors", b"\x80\x04damaged", "no model folder")]
-    damages += [("config.json", b"{}", "config.json has no 'source_lang'")]
+    damages += [("config.json", b"{}", "no model folder: config.json has no 'source_lang'")]
     damages += [("config.json", b"not json", "no model folder")]
-    damages += [("tokenizer.json", b"{}", "no tokenizer can be read in")]
+    damages += [("tokenizer.json", b"{}", "no model folder, nor a tokenizer's")]
     for name, content, message in damages:
         copy = shutil.copytree(folder, tmp_path / f"{name}-{len(content)}")
         (copy / name).write_bytes(content)
         assert main("translate", "--model", copy, "text") == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
-        assert "--" not in error and "train:" not in error, "of use for training alone"
+        assert "--" not in error and "train" not in error, "no advice that translate has no use for"
 
 
 def test_a_model_folder_that_stores_its_table_of_positions_loads(folder, tmp_path):

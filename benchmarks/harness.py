@@ -64,7 +64,7 @@ def signals_later() -> Iterator[None]:
     """Handle what comes during the block after it. A process that is started in the block has the
     signals blocked: should it die before it has read what to do, the one that writes would wait."""
     came = []
-    handlers = {n: signal.signal(n, lambda *found: came.append(found)) for n in run.STOP_SIGNALS}
+    handlers = {n: signal.signal(n, lambda n, _: came.append(n)) for n in run.STOP_SIGNALS}
     resource_tracker.ensure_running()  # which unblocks them, when it begins
     before = signal.pthread_sigmask(signal.SIG_BLOCK, run.STOP_SIGNALS)
     try:
@@ -73,7 +73,7 @@ def signals_later() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        for number, _ in came:
+        for number in came:
             signal.raise_signal(number)
 
 
