@@ -2088,4 +2088,7 @@ def main(arguments: list[str]) -> int:
 if __name__ == "__main__":
     for number in STOP_SIGNALS:
         signal.signal(number, raise_interrupted)
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    for number in STOP_SIGNALS:  # one more would end in a traceback of what cleans up at the exit
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(code)
