@@ -1553,6 +1553,16 @@ def test_weight_decay_shrinks_matrices_alone():
         assert close(parameter, before[name] * factor, 1e-6), name
 
 
+def test_late_dropout_begins_after_its_share_of_the_steps():
+    model, config = tiny_model(dropout=0.1), run.TrainConfig(late_dropout=0.4)
+    state = SimpleNamespace(total_steps=10, sampler=SimpleNamespace(rank=0), parts={"model": model})
+    for state.step in range(10):
+        model.train()  # as at the start of an epoch
+        run.start_step(run.build_optimizer(model, config), config, state)
+        modes = {module.training for module in model.modules() if isinstance(module, Dropout)}
+        assert modes == {state.step >= 4}, state.step
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -1880,7 +1890,7 @@ def test_raw_and_lightning_walk_the_same_path(
     """Dropout, clipping, schedule and uneven windows on: bit-identical weights and losses."""
     settings = {"precision": precision, "accumulate": accumulate, "clip_norm": 0.5}
     settings |= {"batch_tokens": batch_tokens, "label_smoothing": 0.1}
-    settings["weight_decay"] = 0.1 if accumulate > 1 else 0.0
+    settings |= {"weight_decay": 0.1, "late_dropout": 0.4} if accumulate > 1 else {}
     monkeypatch.setattr(run, "LOG_EVERY", 3)
     raw, raw_state, _ = fit(prepared, **settings)
     torch.manual_seed(99)  # what either loop draws is its own doing
@@ -1906,7 +1916,7 @@ def test_a_resumed_run_walks_the_same_path(prepared, loop, modlee, tmp_path, mon
         torch.save(checkpoint, file)
         states[checkpoint["state"]["step"]] = file.getvalue()
 
-    settings = {"accumulate": 3, "clip_norm": 0.5, "weight_decay": 0.1}
+    settings = {"accumulate": 3, "clip_norm": 0.5, "weight_decay": 0.1, "late_dropout": 0.6}
     raw, raw_state, _ = fit(prepared, save=save, checkpoint_every=0.0, **settings)
     steps = raw_state.total_steps // 2
     assert sorted(states) == list(range(1, 2 * steps + 1))
@@ -3294,7 +3304,7 @@ def test_the_raw_loop_runs_when_it_is_copied_as_the_readme_says(tmp_path):
             code += source.split(f"\n# ---- {heading} -")[1].split("\n# ---- ")[0].lstrip("-")
     fields = "max_epochs=2, accumulate=2, learning_rate=1e-2, weight_decay=0.1, clip_norm=1"
     fields += ', warmup=0.1, cooldown=0.3, label_smoothing=0.1, seed=0, precision="bf16"'
-    fields += ", checkpoint_every=10"
+    fields += ", late_dropout=0.2, checkpoint_every=10"
     imports += f"class TrainConfig:\n    {fields.replace(', ', '; ')}\n"
     use = """
 class Tagger(nn.Module):

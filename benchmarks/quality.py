@@ -15,6 +15,7 @@ of the pre-LN model is yet to be chosen, on the validation pairs and in a quarte
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import sys
@@ -82,8 +83,8 @@ def build_peer(peer: Peer, config: TrainConfig, tokenizer):
 
 
 def train_peer(model, rate: float, prepared: Prepared, config: TrainConfig, seconds: float) -> int:
-    """Train for that long: linear warm-up, then a cosine to zero over the time. Returns the steps
-    done."""
+    """Train for that long, with our optimizer: linear warm-up, then a cosine to zero over the time.
+    Returns the steps done."""
     import transformers
 
     begun = time.perf_counter()
@@ -104,7 +105,7 @@ def train_peer(model, rate: float, prepared: Prepared, config: TrainConfig, seco
     grouped = {"train_sampling_strategy": "group_by_length"}  # the name since transformers 5
     if not hasattr(transformers.TrainingArguments, "train_sampling_strategy"):
         grouped = {"group_by_length": True}
-    optimizer = torch.optim.Adam(model.parameters(), rate, betas=(0.9, 0.98))
+    optimizer = run.build_optimizer(model, dataclasses.replace(config, learning_rate=rate))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
     with tempfile.TemporaryDirectory() as folder:
         arguments = transformers.Seq2SeqTrainingArguments(
