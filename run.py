@@ -141,7 +141,7 @@ PRESETS: dict[str, dict] = {
     | {"warmup": 0.0, "cooldown": 0.0, "clip_norm": 0.0},
     # For some 20,000 pairs of your own.
     "small": {"d_model": 192, "num_encoder_layers": 3, "num_decoder_layers": 3}
-    | {"dim_feedforward": 768, "positional": "rotary"}
+    | {"dim_feedforward": 768, "dropout": 0.15, "late_dropout": 0.4, "positional": "rotary"}
     | {"tokenizer": "train:4000", "max_length": 100, "max_epochs": 16, "batch_tokens": 1024}
     | {"learning_rate": 2e-3, "weight_decay": 0.2, "label_smoothing": 0.1, "beam": 4},
     # For the real WMT16 on one GPU.
