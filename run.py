@@ -95,7 +95,7 @@ class TrainConfig:
     num_decoder_layers: int = 2  # decoder layers
     dim_feedforward: int = 512  # width of the feed-forward layers
     dropout: float = 0.1  # dropout rate
-    late_dropout: float = 0.0  # share of the steps that pass before dropout begins
+    activation: Literal["relu", "relu2"] = "relu"  # of the feed-forward layers; relu2: squared
     positional: Literal["sinusoidal", "learned", "rotary", "none"] = "sinusoidal"  # positions
     norm_first: bool = True  # pre-LN; otherwise post-LN, as in the paper
 
@@ -141,7 +141,7 @@ PRESETS: dict[str, dict] = {
     | {"warmup": 0.0, "cooldown": 0.0, "clip_norm": 0.0},
     # For some 20,000 pairs of your own.
     "small": {"d_model": 192, "num_encoder_layers": 3, "num_decoder_layers": 3}
-    | {"dim_feedforward": 768, "dropout": 0.15, "late_dropout": 0.4, "positional": "rotary"}
+    | {"dim_feedforward": 768, "activation": "relu2", "positional": "rotary"}
     | {"tokenizer": "train:4000", "max_length": 100, "max_epochs": 16, "batch_tokens": 1024}
     | {"learning_rate": 2e-3, "weight_decay": 0.2, "label_smoothing": 0.1, "beam": 4},
     # For the real WMT16 on one GPU.
@@ -202,7 +202,7 @@ class ExportConfig:
 CONFIGS = {"train": TrainConfig, "translate": TranslateConfig, "evaluate": EvaluateConfig}
 CONFIGS |= {"export": ExportConfig}
 MODEL_SIZES = ("d_model", "nhead", "num_encoder_layers", "num_decoder_layers", "dim_feedforward")
-MODEL_SIZES += ("positional", "norm_first", "max_length")
+MODEL_SIZES += ("activation", "positional", "norm_first", "max_length")
 HELP = {"--help", "-h"}
 
 
@@ -294,7 +294,7 @@ AMOUNTS += ("validation_size", "test_size")
 RANGES = (  # flags of whichever command, lowest and highest value
     ((*COUNTS, "turns"), 1, 2**31),
     (AMOUNTS, 0, 2**31),
-    (("late_dropout", "warmup", "cooldown", "label_smoothing"), 0, 0.99),
+    (("warmup", "cooldown", "label_smoothing"), 0, 0.99),
     (("max_length",), 1, 65_536),
     (("beam",), 1, 1000),
     (("length_penalty",), -10, 10),
@@ -570,15 +570,10 @@ def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
 
 
 def start_step(optimizer: torch.optim.Optimizer, config: TrainConfig, state: "State") -> None:
-    """Set the learning rate of a step, whether there is dropout (late: Liu et al. 2023), and the
-    random state: functions of its number, so that a resumed run repeats them exactly."""
+    """Set the learning rate and the random state (dropout) of a step, which are functions of its
+    number, so that a resumed run repeats them exactly."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, state.step, state.total_steps)
-    if config.late_dropout:
-        begun = state.step >= config.late_dropout * state.total_steps
-        for module in state.parts["model"].modules():
-            if isinstance(module, nn.Dropout):
-                module.train(begun)
     # The CPU's generator takes the low 32 bits, so the seed must reach them.
     seed = config.seed * 1_000_003 + state.step + state.sampler.rank * 97_000_003
     # Not torch.manual_seed: while CUDA sleeps, that notes the whole call stack, for half a

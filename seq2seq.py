@@ -50,6 +50,7 @@ class Seq2SeqConfig:
     max_length: int = 50  # positions prepared for; only "learned" ends there
     dim_feedforward: int = 2048
     dropout: float = 0.1
+    activation: str = "relu"  # or "relu2", its square (So et al. 2021), which learns faster
     positional: str = "sinusoidal"  # a key of positional.POSITIONAL_KINDS
     norm_first: bool = True  # pre-LN with final norms; False: post-LN, as in the paper
     tie_embeddings: bool = True  # source, target and output (Press & Wolf 2017)
@@ -65,6 +66,8 @@ class Seq2SeqConfig:
             raise ValueError(f"nhead={self.nhead} does not divide d_model={self.d_model}")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        if self.activation not in ("relu", "relu2"):
+            raise ValueError(f"activation must be relu or relu2, got {self.activation!r}")
         if self.positional not in POSITIONAL_KINDS:
             known = ", ".join(POSITIONAL_KINDS)
             raise ValueError(f"positional must be one of {known}; got {self.positional!r}")
@@ -196,6 +199,7 @@ class EncoderLayer(nn.Module):
     def __init__(self, config: Seq2SeqConfig):
         super().__init__()
         self.norm_first = config.norm_first
+        self.squares = config.activation == "relu2"
         self.dropout = Dropout(config.dropout)
         self.self_attention = Attention(config.d_model, config.nhead)
         self.self_attention_norm = nn.LayerNorm(config.d_model)
@@ -227,7 +231,8 @@ class EncoderLayer(nn.Module):
         return self.residual(x, self.self_attention_norm, branch)
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        return self.linear2(F.relu(self.linear1(x), inplace=True))  # [N, D] -> [N, F] -> [N, D]
+        x = F.relu(self.linear1(x), inplace=True)  # [N, D] -> [N, F]
+        return self.linear2(x.square() if self.squares else x)  # [N, F] -> [N, D]
 
 
 class DecoderLayer(EncoderLayer):

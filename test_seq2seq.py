@@ -207,6 +207,7 @@ def test_embedding_rows_are_rounded_up_and_tied():
     [
         ({"nhead": 5}, "nhead=5 does not divide d_model=32"),
         ({"positional": "absolute"}, "sinusoidal, learned, rotary, none"),
+        ({"activation": "gelu"}, "relu or relu2"),
         ({"dropout": 1.0}, "dropout"),
         ({"num_decoder_layers": 0}, "num_decoder_layers must be at least 1"),
         ({"eos_id": 0}, "no sentence could end"),
@@ -268,6 +269,7 @@ def as_torch(model: TransformerSeq2SeqModel):
         config.num_decoder_layers,
         config.dim_feedforward,
         dropout=0.0,
+        activation={"relu": torch.relu, "relu2": lambda x: torch.relu(x) ** 2}[config.activation],
         batch_first=True,
         norm_first=config.norm_first,
     )
@@ -311,13 +313,20 @@ def ragged(rows: int, length: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("norm_first", [True, False])
 @pytest.mark.parametrize(
-    ("rows", "d_model", "nhead", "encoder", "decoder"),
-    [(4, 32, 4, 2, 2), (1, 24, 3, 1, 3), (5, 40, 1, 3, 1), (2, 64, 64, 1, 1)],
+    ("rows", "d_model", "nhead", "encoder", "decoder", "activation"),
+    [
+        (4, 32, 4, 2, 2, "relu"),
+        (4, 32, 4, 2, 2, "relu2"),
+        (1, 24, 3, 1, 3, "relu2"),
+        (5, 40, 1, 3, 1, "relu"),
+        (2, 64, 64, 1, 1, "relu"),
+    ],
 )
 def test_the_same_weights_in_nn_transformer_give_the_same_logits(
-    norm_first, rows, d_model, nhead, encoder, decoder
+    norm_first, rows, d_model, nhead, encoder, decoder, activation
 ):
     sizes = {"d_model": d_model, "nhead": nhead, "num_encoder_layers": encoder}
+    sizes["activation"] = activation
     sizes |= {"num_decoder_layers": decoder, "norm_first": norm_first, "dropout": 0.0}
     model = tiny_model(**sizes)
     for name, parameter in model.named_parameters():  # biases and norms that matter
@@ -365,8 +374,9 @@ def learn_by_heart(**changes):
 
 @pytest.fixture(scope="module", params=["pre-LN", "post-LN", "untied"])
 def learnt(request):
-    changes = {"norm_first": request.param != "post-LN"}
-    return learn_by_heart(**changes, tie_embeddings=request.param != "untied")
+    if request.param == "untied":
+        return learn_by_heart(tie_embeddings=False, activation="relu2")
+    return learn_by_heart(norm_first=request.param == "pre-LN")
 
 
 def numbered_tokenizer(vocab_size: int):
@@ -462,7 +472,8 @@ def test_positions_unknown_to_transformers_are_refused():
 def test_ctranslate2_translates_alike(kind, norm_first, tied, tmp_path):
     """Greedy token by token, with random weights, in which every sentence is in doubt."""
     pytest.importorskip("ctranslate2")
-    model = tiny_model(positional=kind, norm_first=norm_first, tie_embeddings=tied).eval()
+    changes = {"tie_embeddings": tied, "activation": "relu" if tied else "relu2"}
+    model = tiny_model(positional=kind, norm_first=norm_first, **changes).eval()
     translate.to_ctranslate2(model, numbered_tokenizer(50), tmp_path)
     engine = translate.Engine(tmp_path, model.config, numbered_tokenizer(50), "cpu")
     source = torch.cat([ragged(8, 12, seed=seed) for seed in range(4)])
@@ -1553,16 +1564,6 @@ def test_weight_decay_shrinks_matrices_alone():
         assert close(parameter, before[name] * factor, 1e-6), name
 
 
-def test_late_dropout_begins_after_its_share_of_the_steps():
-    model, config = tiny_model(dropout=0.1), run.TrainConfig(late_dropout=0.4)
-    state = SimpleNamespace(total_steps=10, sampler=SimpleNamespace(rank=0), parts={"model": model})
-    for state.step in range(10):
-        model.train()  # as at the start of an epoch
-        run.start_step(run.build_optimizer(model, config), config, state)
-        modes = {module.training for module in model.modules() if isinstance(module, Dropout)}
-        assert modes == {state.step >= 4}, state.step
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -1843,7 +1844,8 @@ def fit(prepared, loop="raw", modlee=False, folder=None, freeze=(), checkpoint=N
     settings = {"batch_size": 64, "max_epochs": 2, "seed": 5, "precision": "fp32"}
     settings |= {"mlruns": str(folder / "mlruns")} if folder else {}
     config = run.TrainConfig(**(settings | changes))
-    model = tiny_model(vocab_size=len(prepared.tokenizer), dropout=0.1).to(device)
+    sizes = {"vocab_size": len(prepared.tokenizer), "dropout": 0.1, "activation": "relu2"}
+    model = tiny_model(**sizes).to(device)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in freeze)
     loaders = run.build_loaders(config, prepared, device)
@@ -1890,7 +1892,7 @@ def test_raw_and_lightning_walk_the_same_path(
     """Dropout, clipping, schedule and uneven windows on: bit-identical weights and losses."""
     settings = {"precision": precision, "accumulate": accumulate, "clip_norm": 0.5}
     settings |= {"batch_tokens": batch_tokens, "label_smoothing": 0.1}
-    settings |= {"weight_decay": 0.1, "late_dropout": 0.4} if accumulate > 1 else {}
+    settings["weight_decay"] = 0.1 if accumulate > 1 else 0.0
     monkeypatch.setattr(run, "LOG_EVERY", 3)
     raw, raw_state, _ = fit(prepared, **settings)
     torch.manual_seed(99)  # what either loop draws is its own doing
@@ -1916,7 +1918,7 @@ def test_a_resumed_run_walks_the_same_path(prepared, loop, modlee, tmp_path, mon
         torch.save(checkpoint, file)
         states[checkpoint["state"]["step"]] = file.getvalue()
 
-    settings = {"accumulate": 3, "clip_norm": 0.5, "weight_decay": 0.1, "late_dropout": 0.6}
+    settings = {"accumulate": 3, "clip_norm": 0.5, "weight_decay": 0.1}
     raw, raw_state, _ = fit(prepared, save=save, checkpoint_every=0.0, **settings)
     steps = raw_state.total_steps // 2
     assert sorted(states) == list(range(1, 2 * steps + 1))
@@ -3304,7 +3306,7 @@ def test_the_raw_loop_runs_when_it_is_copied_as_the_readme_says(tmp_path):
             code += source.split(f"\n# ---- {heading} -")[1].split("\n# ---- ")[0].lstrip("-")
     fields = "max_epochs=2, accumulate=2, learning_rate=1e-2, weight_decay=0.1, clip_norm=1"
     fields += ', warmup=0.1, cooldown=0.3, label_smoothing=0.1, seed=0, precision="bf16"'
-    fields += ", late_dropout=0.2, checkpoint_every=10"
+    fields += ", checkpoint_every=10"
     imports += f"class TrainConfig:\n    {fields.replace(', ', '; ')}\n"
     use = """
 class Tagger(nn.Module):

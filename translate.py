@@ -361,7 +361,8 @@ def transformers_settings(config: Seq2SeqConfig, vocab_size: int) -> dict:
     """Ours in the words of transformers' Pegasus and Marian."""
     settings = {"vocab_size": vocab_size, "d_model": config.d_model, "dropout": config.dropout}
     settings |= {"max_position_embeddings": exported_positions(config), "scale_embedding": True}
-    settings |= {"tie_word_embeddings": config.tie_embeddings, "activation_function": "relu"}
+    settings |= {"tie_word_embeddings": config.tie_embeddings}
+    settings |= {"activation_function": config.activation}
     settings |= {"attention_dropout": 0.0, "activation_dropout": 0.0}
     settings |= {"pad_token_id": config.pad_id, "decoder_start_token_id": config.pad_id}
     settings |= {"eos_token_id": config.eos_id, "forced_eos_token_id": None}
@@ -486,6 +487,8 @@ def to_ctranslate2(
     more = {"pre_norm": config.norm_first, "no_final_norm": not config.norm_first}
     if config.positional == "rotary":
         more |= {"rotary_dim": 0, "rotary_interleave": False}  # of whole heads, in halves
+    # It has no squared ReLU, but ReLU(x) * y, which is the same where y = x.
+    more |= {"ffn_glu": config.activation == "relu2"}
     encoder = specs.TransformerEncoderSpec(config.num_encoder_layers, config.nhead, **more)
     decoder = specs.TransformerDecoderSpec(config.num_decoder_layers, config.nhead, **more)
     spec = specs.TransformerSpec(encoder, decoder)
@@ -527,6 +530,8 @@ def to_ctranslate2(
                 put(target.attention.linear[2], attention.out_proj)
             put(target.ffn.layer_norm, layer.feed_forward_norm)
             put(target.ffn.linear_0, layer.linear1)
+            if config.activation == "relu2":
+                put(target.ffn.linear_0_noact, layer.linear1)
             put(target.ffn.linear_1, layer.linear2)
     decoder.projection.weight = array(model.output.weight[: config.vocab_size])
     bias = np.zeros(config.vocab_size, np.float32)

@@ -78,6 +78,7 @@ def build_peer(peer: Peer, config: TrainConfig, tokenizer):
     if peer.pre_norm:  # with weights as wide as embeddings are to be
         made = transformers.PegasusConfig(**settings, init_std=config.d_model**-0.5)
         return transformers.PegasusForConditionalGeneration(made)
+    del settings["activation_function"]  # its own, GELU
     made = transformers.MarianConfig(**settings, decoder_vocab_size=len(tokenizer))
     return transformers.MarianMTModel(made)
 
