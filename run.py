@@ -1502,13 +1502,14 @@ def settings_of_model(folder: str) -> tuple[dict, dict]:
     path = Path(folder).expanduser()
     try:
         content = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        fixed = {name: content["model"][name] for name in MODEL_SIZES}
+        model = Seq2SeqConfig(**content["model"])  # an older folder has fewer fields
+        fixed = {name: getattr(model, name) for name in MODEL_SIZES}
         fixed["tokenizer"] = str(path.absolute())
         languages = {name: content[name] for name in ("source_lang", "target_lang")}
-        tied = content["model"]["tie_embeddings"]
     except (OSError, ValueError, LookupError, TypeError):
         raise InputError(f"--init: {folder} is no model folder of this program") from None
-    require(tied, f"--init: {folder} has untied embeddings, which no run here trains")
+    untied = f"--init: {folder} has untied embeddings, which no run here trains"
+    require(model.tie_embeddings, untied)
     return languages, fixed
 
 

@@ -1552,6 +1552,16 @@ def test_the_tutorial_preset_is_the_tutorial_to_the_letter():
     assert {run.learning_rate(config, step, 5) for step in range(5)} == {5e-5}
 
 
+def test_every_size_given_by_a_flag_reaches_the_model(prepared):
+    sizes = {"d_model": 24, "nhead": 2, "num_encoder_layers": 1, "num_decoder_layers": 3}
+    sizes |= {"dim_feedforward": 40, "dropout": 0.3, "activation": "relu2", "max_length": 30}
+    sizes |= {"positional": "learned", "norm_first": False}
+    shared = {field.name for field in dataclasses.fields(seq2seq.Seq2SeqConfig)}
+    assert shared & {field.name for field in dataclasses.fields(run.TrainConfig)} == set(sizes)
+    model = run.build_model(run.TrainConfig(**sizes), prepared.tokenizer)
+    assert dataclasses.asdict(model.config).items() >= sizes.items()
+
+
 def test_weight_decay_shrinks_matrices_alone():
     model = tiny_model()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -2387,6 +2397,7 @@ def test_a_run_is_resumed_extended_and_started_from(folder, tmp_path, capsys, mo
     (model / "config.json").write_text(json.dumps(changed))
     assert main(*SMALL, "--init", model) == 2
     assert "untied embeddings" in capsys.readouterr().err
+    del config["model"]["activation"]  # as in a folder that is older than the field
     (model / "config.json").write_text(json.dumps(config))
     (copy / "a.checkpoints").touch()  # a file where checkpoints are to be
     assert main(*SMALL, "--output", "a") == 2
