@@ -488,7 +488,7 @@ def to_ctranslate2(
     if config.positional == "rotary":
         more |= {"rotary_dim": 0, "rotary_interleave": False}  # of whole heads, in halves
     # It has no squared ReLU, but ReLU(x) * y, which is the same where y = x.
-    more |= {"ffn_glu": config.activation == "relu2"}
+    more["ffn_glu"] = config.activation == "relu2"
     encoder = specs.TransformerEncoderSpec(config.num_encoder_layers, config.nhead, **more)
     decoder = specs.TransformerDecoderSpec(config.num_decoder_layers, config.nhead, **more)
     spec = specs.TransformerSpec(encoder, decoder)
