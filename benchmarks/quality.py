@@ -47,6 +47,7 @@ class QualityBench:
     peers: tuple[str, ...] = ("pegasus", "marian")
     # of the peers, to choose from on the validation pairs; None: the one chosen, on the test pairs
     learning_rates: tuple[float, ...] | None = None
+    batch_size: int = 48  # pairs, of the peers
     max_epochs: int | None = None  # of ours; None: as the preset has it
     texts: str | None = None  # folder for the three parts as line-aligned texts; nothing is trained
     json: str | None = None  # file for the figures
@@ -65,7 +66,7 @@ PEERS = {
     "pegasus": Peer("transformers, pre-LN (Pegasus)", True, 2e-3),
     "marian": Peer("transformers Marian as it comes", False, 1e-3),
 }
-BATCH, WARMUP_STEPS, SMOOTHING, DROPOUT = 48, 400, 0.1, 0.1
+WARMUP_STEPS, SMOOTHING, DROPOUT = 400, 0.1, 0.1
 
 
 def build_peer(peer: Peer, config: TrainConfig, tokenizer):
@@ -84,7 +85,9 @@ def build_peer(peer: Peer, config: TrainConfig, tokenizer):
     return transformers.MarianMTModel(made)
 
 
-def train_peer(model, rate: float, prepared: Prepared, config: TrainConfig, seconds: float) -> int:
+def train_peer(
+    model, rate: float, batch_size: int, prepared: Prepared, config: TrainConfig, seconds: float
+) -> int:
     """Train for that long, with our optimizer: linear warm-up, then a cosine to zero over the time.
     Returns the steps done."""
     import transformers
@@ -112,7 +115,7 @@ def train_peer(model, rate: float, prepared: Prepared, config: TrainConfig, seco
     with tempfile.TemporaryDirectory() as folder:
         arguments = transformers.Seq2SeqTrainingArguments(
             folder,
-            per_device_train_batch_size=BATCH,
+            per_device_train_batch_size=batch_size,
             max_steps=10**6,
             label_smoothing_factor=SMOOTHING,
             bf16=torch.cuda.is_available(),
@@ -215,7 +218,7 @@ def main(config: QualityBench) -> dict:
         for rate in config.learning_rates or (PEERS[name].learning_rate,):
             peer, key = PEERS[name], f"{name} {rate:g}"
             model, started = build_peer(peer, settings, prepared.tokenizer), time.perf_counter()
-            steps = train_peer(model, rate, prepared, settings, seconds)
+            steps = train_peer(model, rate, config.batch_size, prepared, settings, seconds)
             done[key] = (f"{peer.label}, {rate:g}", steps, time.perf_counter() - started)
             hypotheses[key] = translate_peer(model, sources, prepared, settings)
     p_values = compare(hypotheses, references)
