@@ -3,7 +3,7 @@
 In reading order, which is also the way of the data:
 
     read_pairs     a hub data set, .tsv .csv .jsonl .json .parquet files, two line-aligned text
-                   files, or the built-in phrasebook    -> Pair(source, target, place)
+                   files, or the built-in phrasebook    -> Pair(source, target)
     clean          drops what teaches nothing, and counts it
     load_tokenizer, train_tokenizer, hold_out, encode   -> (pair, source ids, target ids)
     PairDataset, BucketBatchSampler, pad_batch          -> DataLoader of (input_ids, labels)
@@ -22,6 +22,7 @@ import random
 import re
 import sys
 import unicodedata
+import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -42,11 +43,10 @@ PHRASEBOOK = "phrasebook"  # the data set name of the built-in corpus
 
 
 class Pair(NamedTuple):
-    """A sentence, its translation, and where they stand, such as "pairs.tsv:17"."""
+    """A sentence and its translation."""
 
     source: str
     target: str
-    place: str
 
 
 # ---- messages ------------------------------------------------------------------------------------
@@ -67,7 +67,7 @@ def require(holds: bool, message: str) -> None:
 
 
 def is_first_process() -> bool:
-    """Whether it is the only one, or of those that torchrun has started the one that speaks."""
+    """Whether this is the only process, or the one of torchrun's that speaks."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -88,7 +88,7 @@ class LogLines:
 
 
 def progress_bar(iterable=None, **settings) -> tqdm:
-    """On stderr, of the first process; where that is no terminal, a line every half minute."""
+    """tqdm on stderr, in the first process only; without a terminal, a line every half minute."""
     settings = {"disable": not is_first_process()} | settings
     if not sys.stderr.isatty():
         settings |= {"file": LogLines(), "mininterval": 30, "maxinterval": 30}
@@ -132,8 +132,8 @@ def language_code(name: str) -> str:
 
 
 def normalize(text: str, language: str) -> str:
-    """Unicode NFC and single spaces; of English and Romanian without characters that nobody sees,
-    of Romanian with comma-below ș ț. `language`: any spelling."""
+    """NFC and single spaces. English and Romanian also lose invisible characters, and Romanian gets
+    comma-below ș ț. `language`: any spelling."""
     if text.isascii():  # which most English is: four times as fast
         return " ".join(text.split())
     code = language_code(language)
@@ -155,18 +155,23 @@ class Table(NamedTuple):
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, str]]:
-    """(place, line without its end) of a UTF-8 file. Raises InputError with the line's number."""
     with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            place = f"{path}:{number}"
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise InputError(
-                    f"{place}: not valid UTF-8 (byte {error.start + 1} of the line); "
-                    "convert (or unpack) the file first"
-                ) from None
-            yield place, line.removesuffix("\n").removesuffix("\r")
+        yield from decode_lines(file, str(path))
+
+
+def decode_lines(file: Iterable[bytes], name: str) -> Iterator[tuple[str, str]]:
+    """(place, line without its end) of UTF-8 lines, split at line feeds alone. Raises InputError
+    with the line's number."""
+    for number, raw in enumerate(file, 1):
+        place = f"{name}:{number}"
+        try:
+            line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{place}: not valid UTF-8 (byte {error.start + 1} of the line); "
+                "convert (or unpack) the file first"
+            ) from None
+        yield place, line.removesuffix("\n").removesuffix("\r")
 
 
 def _aligned_table(paths: list[Path], languages: tuple[str, str]) -> Table:
@@ -267,7 +272,7 @@ def _datasets_table(label: str, load: Callable) -> Table:
     return Table(label, fields, list(first))
 
 
-def hub_reachable(seconds: float = 5.0) -> bool:
+def hub_reachable() -> bool:
     """Whether the Hugging Face hub answers. Asked before anything that would retry for minutes.
 
     Where it does not, HF_HUB_OFFLINE is set for the process, so that what is cached loads and all
@@ -279,7 +284,7 @@ def hub_reachable(seconds: float = 5.0) -> bool:
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return False
     try:
-        requests.head(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=seconds)
+        requests.head(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=5)
     except requests.RequestException:
         os.environ["HF_HUB_OFFLINE"] = "1"
         return False
@@ -395,9 +400,10 @@ def _choose_columns(
             )
         note(f"{table.label} names no languages: column 1 is {languages[0]}, 2 is {languages[1]}")
         found = 0, 1
-    for name in (names[i] for i in found if is_header and (columns is None or names[i] in columns)):
+    for name in [names[i] for i in found] if is_header else []:
+        by_name = columns is None or name in columns
         require(
-            names.count(name) == 1,
+            not by_name or names.count(name) == 1,
             f"{table.label}: several columns are called {name!r}, and one is taken; pick two by "
             "number, such as --columns 1 2",
         )
@@ -446,7 +452,7 @@ def read_pairs(
                     raise InputError(f"{place}: several texts, where only one is taken; keep one")
                 if not isinstance(text, str) or SURROGATE.search(text):
                     raise InputError(f"{place}: expected text, found {text!r:.40}")
-            yield Pair(*map(normalize, texts, languages), place)
+            yield Pair(*map(normalize, texts, languages))
 
 
 # ---- cleaning ------------------------------------------------------------------------------------
@@ -468,11 +474,10 @@ def clean(
     """
     seen = set()
     for pair in pairs:
-        texts = pair[:2]
-        short, long = sorted(map(len, texts))
+        short, long = sorted(map(len, pair))
         if not short:
             dropped["empty"] += 1
-        elif texts in seen:
+        elif pair in seen:
             dropped["duplicate"] += 1
         elif held_out and text_key(pair.source) in held_out:
             dropped["held out"] += 1
@@ -480,7 +485,7 @@ def clean(
             dropped["length ratio"] += 1
         else:
             yield pair
-        seen.add(texts)
+        seen.add(pair)
 
 
 def describe_dropped(dropped: dict[str, int]) -> str:
@@ -498,8 +503,6 @@ def load_tokenizer(name: str):
     Ids are what the model sees, and pad also starts the decoder, so pad and eos must exist and
     differ. A missing one is added (GPT-2 has no pad, BERT no eos).
     """
-    import warnings
-
     folder = Path(name).expanduser()
     if folder.is_file() or (not folder.is_dir() and name.startswith((".", "/", "~"))):
         raise InputError(f"tokenizer {name} is no folder that a tokenizer was saved in")
@@ -541,7 +544,7 @@ def _plain_text(tokenizer):
 def train_tokenizer(texts: Iterable[str], vocab_size: int):
     """A byte-level BPE (Radford et al. 2019): every text round-trips, nothing is `<unk>`.
 
-    Args: texts: sentences, source and target alike. vocab_size: at least 300.
+    Args: texts: sentences, source and target alike. vocab_size: 300 to 1,000,000, or InputError.
     Returns: a `PreTrainedTokenizerFast` with <pad> 0, </s> 1, <unk> 2.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -653,10 +656,7 @@ class PairDataset(Dataset):
         return len(self.sources)
 
     def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
-        return (
-            torch.from_numpy(self.sources[row]).long(),
-            torch.from_numpy(self.targets[row]).long(),
-        )
+        return tuple(torch.from_numpy(side[row]).long() for side in (self.sources, self.targets))
 
 
 def encode(
@@ -691,8 +691,8 @@ class BucketBatchSampler(Sampler[list[int]]):
     and the batches shuffled. `shuffle=False`: always the same batches in the same order.
 
     Of `world` processes, each takes every world-th batch, from its `rank` on. All take equally
-    many: where the batches run out, an empty one. With `batch_tokens` those taken together are alike, so
-    that none waits for another.
+    many: where the batches run out, an empty one. With `batch_tokens` those taken together are
+    alike, so that none waits for another.
     """
 
     source_lengths: np.ndarray  # [N]
@@ -737,7 +737,7 @@ class BucketBatchSampler(Sampler[list[int]]):
         by_target = np.empty(len(rows), int)
         by_target[np.lexsort((source, target))] = np.arange(len(rows))
         stratum = by_target * strata // max(len(rows), 1)
-        # There and back, so that a batch over the border of two strata is no odd one.
+        # There and back, so that a batch over the border of two strata mixes few lengths.
         by_source = np.where(stratum % 2, -source, source)
         order = np.lexsort((by_source, stratum))
         # Cut by the longest of those alike in stratum and source length, among which the order is
@@ -769,9 +769,8 @@ class BucketBatchSampler(Sampler[list[int]]):
         """Target tokens, of all processes, in the accumulation window of batch number `index`."""
         size = accumulate * self.world
         start = index // accumulate * size
-        return sum(
-            int(self.target_lengths[rows].sum()) for rows in self.batches[start : start + size]
-        )
+        rows = np.concatenate(self.batches[start : start + size])
+        return int(self.target_lengths[rows].sum())
 
     def padding_share(self) -> float:
         """Pads among all positions of this epoch's batches, both sides, from 0 to 1."""
@@ -887,7 +886,7 @@ def create_dataloaders(
 
 
 class PaddedPairs(TensorDataset):
-    """Pairs as rows of padded matrices [N, S] and [N, T]; the other side of `PairDataset`."""
+    """`PairDataset` for pairs that are rows of padded matrices [N, S] and [N, T]."""
 
     def __init__(self, sources: Tensor, targets: Tensor, pad_id: int):
         super().__init__(sources, targets)
@@ -1024,7 +1023,8 @@ def _action(rng: random.Random, tense: str, no: str, question: bool) -> tuple[st
         thing, (en, ro) = _noun_phrase(rng, "p", _DEFINITE), rng.choice(_PREPOSITIONS)
         en_object, ro_object = f"{en} {thing['en']}", f"{ro} {thing['governed']}"
     elif "h" in verb[3] and rng.random() < 0.3:  # not "I see me", "we see me", "she sees her"
-        others = [p for p in _PRONOUNS if int(p[2]) % 3 != person % 3]
+        same = (0, 3) if person in (0, 3) else (person,)
+        others = [p for p in _PRONOUNS if int(p[2]) not in same]
         _, en_object, _, _, _, clitic, short, *_ = rng.choice(others)
         ro_object = ""
     else:

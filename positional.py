@@ -81,7 +81,7 @@ class _TablePositionalEncoding(NoPositionalEncoding):
         """The rows of the table for x [..., T, C] at positions offset .. offset + T - 1."""
         end, length = offset + x.size(-2), len(self.table)
         # The device differs where the model was built on "meta" and got its weights by
-        # `load_state_dict(weights, assign=True)`; after `to_empty` the table would be undefined.
+        # `load_state_dict(weights, assign=True)`. `to_empty` would leave a table of anything.
         if end > length or self.table.device != x.device:
             longer = length if end <= length else max(end, 2 * length)
             # A table made in inference mode could not be used in training afterwards.

@@ -13,9 +13,9 @@
     python run.py export --model DIR --to ctranslate2 OUT   for a fast engine
     python run.py bench                               what Lightning and Modlee cost per step
 
-In reading order: settings, data, devices, what both loops share, the state of a run, the raw loop,
-the Lightning adapter, Modlee, checkpoints and model folders, curves and MLflow, commands. What they
-do with a trained model is in translate.py, `bench` in benchmarks/lightning.py.
+In reading order: settings and their checks, data, devices, what both loops share, the state of a
+run, the raw loop, the Lightning adapter, Modlee, checkpoints and model folders, curves and MLflow,
+commands. Using a trained model is in translate.py, `bench` in benchmarks/lightning.py.
 """
 
 import os
@@ -237,6 +237,8 @@ def parse_command_line(arguments: list[str]):
     return "train", config
 
 
+# ---- before torch is loaded ----------------------------------------------------------------------
+
 if __name__ == "__main__" and HELP & set(sys.argv) and sys.argv[1] != "bench":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it in silence
     parse_command_line(sys.argv[1:])  # answers and exits, before torch takes seconds to load
@@ -255,7 +257,7 @@ os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
 # A server that does not answer would be asked again for minutes.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-# Of the user; MLflow sets the variable too.
+# What the user set: MLflow overwrites the variable.
 TRACKING_URI = os.environ.get("MLFLOW_TRACKING_URI") or None
 
 import numpy as np
@@ -282,6 +284,8 @@ from translate import (
 
 SHOWN = 6  # translations printed after training
 
+# ---- checks of the settings ----------------------------------------------------------------------
+
 
 def flag_of(name: str) -> str:
     """The flag of a field."""
@@ -292,7 +296,7 @@ COUNTS = ("max_epochs", "batch_size", "batch_tokens", "accumulate", "num_samples
 AMOUNTS = ("learning_rate", "weight_decay", "clip_norm", "checkpoint_every", "seed")
 AMOUNTS += ("validation_size", "test_size")
 RANGES = (  # flags of whichever command, lowest and highest value
-    ((*COUNTS, "turns"), 1, 2**31),
+    (COUNTS, 1, 2**31),
     (AMOUNTS, 0, 2**31),
     (("warmup", "cooldown", "label_smoothing"), 0, 0.99),
     (("max_length",), 1, 65_536),
@@ -390,7 +394,7 @@ def prepare_data(config: TrainConfig) -> Prepared:
     if validation is None:
         kept, validation = hold_out(config.validation_size)
     if learns:
-        tokenizer = data.train_tokenizer((text for pair in kept for text in pair[:2]), int(size))
+        tokenizer = data.train_tokenizer((text for pair in kept for text in pair), int(size))
     encode = partial(data.encode, tokenizer=tokenizer, max_length=config.max_length)
     train = data.PairDataset(encode(bar(kept, desc="encode"), dropped=dropped))
     fitting = data.PairDataset(encode(validation, dropped=over_long))
@@ -398,7 +402,7 @@ def prepare_data(config: TrainConfig) -> Prepared:
     left = len(train) > 0 and len(fitting) > 0
     way = "; raise --max-length" if dropped["over-long"] else ""
     require(left, f"training or validation is empty{data.describe_dropped(dropped)}{way}")
-    sides = zip(zip(*(pair[:2] for pair in kept)), languages)
+    sides = zip(zip(*kept), languages)
     lost = tuple(data.round_trip_loss(list(side), tokenizer, code) for side, code in sides)
     return Prepared(tokenizer, train, fitting, validation, test or [], dict(dropped), lost)
 
@@ -553,7 +557,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
             chosen = [p for p in model.parameters() if (p.dim() > 1) == is_matrix]
             groups.append({"params": chosen, "weight_decay": decay})
     # Fused: one kernel, and after an fp16 overflow it skips the step without asking the host. On a
-    # CPU torch has it from 2.4 on, in a quarter of the time; before, AdamW fails only when it steps.
+    # CPU torch has it from 2.4 on, in a quarter of the time. Older ones: AdamW fails in its steps.
     try:
         torch.optim.Adam(model.parameters(), fused=True)
         return make(groups, config.learning_rate, fused=True)
@@ -686,9 +690,12 @@ class State:
         self.saved = time.perf_counter()
         self.started = self.saved - self.seconds
 
-    def end_batch(self, loss_sum: Tensor) -> bool:
-        """A batch was done; `loss_sum` [] may still be on its way. Returns whether an optimizer
-        step ends with it."""
+    def ends_step(self) -> bool:
+        """Whether an optimizer step ends with the batch that is being done."""
+        return (self.batch + 1) % self.config.accumulate == 0 or self.batch + 1 == self.batches
+
+    def end_batch(self, loss_sum: Tensor) -> None:
+        """A batch was done; `loss_sum` [] may still be on its way."""
         if self.bar is None:
             title = f"epoch {self.epoch + 1}/{self.config.max_epochs}"
             self.bar = progress_bar(desc=title, total=self.batches, initial=self.batch)
@@ -696,7 +703,6 @@ class State:
         self.pending.append((loss_sum.detach(), tokens, self.step + 1))
         self.batch += 1
         self.bar.update()
-        return self.batch % self.config.accumulate == 0 or self.batch == self.batches
 
     def end_step(self) -> None:
         self.step += 1
@@ -848,17 +854,17 @@ def train_raw(
     for epoch in range(state.epoch, config.max_epochs):
         sampler.set_epoch(epoch)  # leaves out what a resumed run has done
         model.train()
-        for index, batch in enumerate(prefetch(train_loader, device), state.batch):
-            if index % config.accumulate == 0:
+        for batch in prefetch(train_loader, device):
+            if state.batch % config.accumulate == 0:
                 start_step(optimizer, config, state)
                 optimizer.zero_grad(set_to_none=True)
             # Processes exchange gradients with the last batch of a step alone.
-            ends_step = (index + 1) % config.accumulate == 0 or index + 1 == state.batches
+            ends_step = state.ends_step()
             alone = network is not model and not ends_step
             with network.no_sync() if alone else contextlib.nullcontext():
                 with autocast(device, config.precision):
                     loss_sum, _ = batch_loss(network, batch, config.label_smoothing)
-                loss = scale_loss(loss_sum, sampler, index, config.accumulate)
+                loss = scale_loss(loss_sum, sampler, state.batch, config.accumulate)
                 scaler.scale(loss / config.accumulate).backward()
             state.end_batch(loss_sum)
             if ends_step:
@@ -924,7 +930,8 @@ def adapter_class(base: type) -> type:
             if batch_idx % self.config.accumulate == 0:
                 start_step(self.trainer.optimizers[0], self.config, self.state)
             loss_sum, _ = batch_loss(self.model, batch, self.config.label_smoothing)
-            self.ends_step = self.state.end_batch(loss_sum)
+            self.ends_step = self.state.ends_step()
+            self.state.end_batch(loss_sum)
             return scale_loss(loss_sum, self.state.sampler, batch_idx, self.config.accumulate)
 
         def configure_gradient_clipping(self, optimizer, *args, **kwargs) -> None:
@@ -1271,9 +1278,9 @@ def modlee_tokenizer(own):
 
 
 # ---- checkpoints and model folders ---------------------------------------------------------------
-# While it trains, NAME.checkpoints holds the newest two states and loss.png. In the end NAME holds
-# model.safetensors, config.json, the tokenizer's files, metrics.json, loss.png, validation.tsv and
-# test.tsv.
+# While it trains, NAME.checkpoints holds the newest two states, loss.png and, after `--init`, the
+# tokenizer. In the end NAME holds model.safetensors, config.json, the tokenizer's files,
+# metrics.json, loss.png, validation.tsv and test.tsv.
 
 
 @contextlib.contextmanager
@@ -1428,12 +1435,15 @@ def read_checkpoint(folder: Path, silent: bool = False) -> dict:
     require(bool(paths), f"--resume: no checkpoints in {folder}; --init starts from a model")
     for path in paths:
         try:
-            with zipfile.ZipFile(path) as archive:  # torch does not compare checksums
-                if damaged := archive.testzip():
+            with path.open("rb") as file:
+                # Another format than zip could execute code, up to torch 2.5 (CVE-2025-32434).
+                if file.read(4) != b"PK\x03\x04":
+                    raise ValueError("it is no zip archive")
+                if damaged := zipfile.ZipFile(file).testzip():  # torch compares no checksums
                     raise ValueError(f"{damaged} is damaged")
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # noqa: BLE001 - of many kinds
-            if not silent:
+            if not silent and is_first_process():
                 data.note(f"{path} cannot be read ({data.one_line(error)}): it is set aside")
                 path.rename(path.with_suffix(".damaged"))  # and counts as none of the newest
     raise InputError(f"no checkpoint in {folder} can be read")
@@ -1477,7 +1487,7 @@ def save_model(
     from safetensors.torch import save_model as save_weights
 
     languages = config.languages
-    content = {"format": 1, "source_lang": languages[0], "target_lang": languages[1]}
+    content = {"source_lang": languages[0], "target_lang": languages[1]}
     content |= {"model": dataclasses.asdict(model.config), "training": dataclasses.asdict(config)}
     parts = {"validation.tsv": prepared.validation_pairs, "test.tsv": prepared.test_pairs}
 
@@ -1487,8 +1497,7 @@ def save_model(
         write_json(temporary / "config.json", content)
         write_json(temporary / "metrics.json", metrics)
         for name, pairs in parts.items():
-            lines = [languages, *(pair[:2] for pair in pairs)]
-            text = "".join(f"{source}\t{target}\n" for source, target in lines)
+            text = "".join(f"{source}\t{target}\n" for source, target in [languages, *pairs])
             if pairs:
                 write_text(temporary / name, text)
         attempt(state, "the model's loss.png", draw_curves, temporary / "loss.png", state)
@@ -1955,15 +1964,6 @@ def decoding_of(config: DecodeConfig) -> dict:
     return {"folder": config.model} | {name: getattr(config, name) for name in names}
 
 
-def stdin_lines() -> Iterator[str]:
-    """Lines of standard input, decoded strictly and split at line feeds alone."""
-    for number, raw in enumerate(sys.stdin.buffer, 1):
-        try:
-            yield raw.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError:
-            raise InputError(f"standard input, line {number}: not valid UTF-8") from None
-
-
 def translate(config: TranslateConfig) -> int:
     check_ranges(config)
     require(config.num_return <= config.beam, "--num-return must be at most --beam")
@@ -1973,9 +1973,10 @@ def translate(config: TranslateConfig) -> int:
     more["silent"] = sys.stdout.isatty()  # where the bar would be drawn over the translations
     translator = load_translator(**decoding_of(config), **more)
     sys.stdout.reconfigure(encoding="utf-8")
+    typed = (line for _, line in data.decode_lines(sys.stdin.buffer, "standard input"))
     # A person who types waits for each line, a file does not.
     window = 1 if not config.text and sys.stdin.isatty() else TRANSLATE_WINDOW
-    for found in translator.stream(config.text or stdin_lines(), window=window):
+    for found in translator.stream(config.text or typed, window=window):
         for text, value in found:
             if config.scores:
                 text = f"{'' if value is None else format(value, '.4f')}\t{text}"
@@ -2009,7 +2010,8 @@ def evaluate(config: EvaluateConfig) -> int:
     seconds = time.perf_counter() - started
     result = {"model": config.model, "dataset": list(dataset), "pairs": len(pairs)}
     result |= {"beam": config.beam, "length_penalty": config.length_penalty}
-    result |= {"precision": config.precision, **scores}
+    precision = getattr(translator.model, "precision", config.precision)  # the engine has its own
+    result |= {"precision": precision, **scores}
     result |= {"seconds": round(seconds, 2), "versions": versions()}
     taken = f"{len(pairs):,} of {' '.join(dataset)}, translated in {seconds:.1f} s"
     print_field("pairs", taken)
@@ -2075,15 +2077,15 @@ def main(arguments: list[str]) -> int:
         if is_first_process() or isinstance(error, OSError):
             print(f"error: {data.one_line(error, None)}", file=sys.stderr)
         return 2
-    except (Failed, RuntimeError, MemoryError) as error:
-        reason = str(error)
-        if isinstance(error, RuntimeError):  # out of memory has a class on CUDA alone
-            words = ("out of memory", "can't allocate memory", "not enough memory")
-            if not any(word in reason for word in words):
-                raise
-        if not isinstance(error, Failed):
-            reason = "out of memory; lower --batch-tokens or --batch-size, and raise --accumulate"
-        print(f"\nerror: {reason}", file=sys.stderr)
+    except Failed as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        return 1
+    except (RuntimeError, MemoryError) as error:  # out of memory has a class on CUDA alone
+        words = ("out of memory", "can't allocate memory", "not enough memory")
+        if isinstance(error, RuntimeError) and not any(word in str(error) for word in words):
+            raise
+        way = "lower --batch-tokens or --batch-size, and raise --accumulate"
+        print(f"\nerror: out of memory; {way}", file=sys.stderr)
         return 1
 
 

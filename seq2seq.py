@@ -100,8 +100,8 @@ class Dropout(nn.Dropout):
 
 
 def removes_pads(device: torch.device) -> bool:
-    """Whether layers compute real tokens alone. Not off the CPU, where counting them would make
-    the host wait for the device in every step, and not in ONNX, which has fixed shapes."""
+    """Whether layers compute real tokens alone. Only on a CPU: elsewhere counting them would make
+    the host wait for the device in every step. Not in ONNX either, which has fixed shapes."""
     return device.type == "cpu" and not torch.onnx.is_in_onnx_export()
 
 
@@ -365,7 +365,7 @@ class TransformerSeq2SeqModel(nn.Module):
 
         In a row of pads alone the first counts as a token, so that no softmax is empty.
         """
-        # `<` on an arange, and no assignment, because Modlee's graph export can read it.
+        # `<` on an arange, and no assignment: the form that Modlee's graph export can read.
         first = torch.arange(input_ids.size(1), device=input_ids.device) < 1  # [S]
         source = Unpadded(input_ids.ne(self.config.pad_id) | first)
         x = self.dropout(source.unpad(self.embed(input_ids)))  # [M, D]
@@ -507,7 +507,7 @@ class _ProjectedLoss(torch.autograd.Function):
         pieces = zip(x.split(size), labels.split(size), grad_x.split(size))
         for part, part_labels, part_grad in pieces:
             # Products are written to `out=`, which autocast leaves alone.
-            logits = torch.mm(part, w.t(), out=part.new_empty(len(part), vocab_size))  # [C, V]
+            logits = torch.mm(part, w.t(), out=part.new_empty(len(part), vocab_size))  # [n, V]
             for block, targets in zip(logits.split(rows), part_labels.split(rows)):
                 log_probs = block.log_softmax(dim=-1, dtype=torch.float32)
                 loss = log_probs.gather(1, targets) * (smoothing - 1)
@@ -546,10 +546,10 @@ class KeyValueCache:
     Attributes:
         width: K. length: tokens decoded so far, T.
         memory: keys and values of the source, per layer: [2, B, H, S, Dh].
-        source_mask: [B, 1, 1, S] bool; None without pads.
+        source_mask: [B, 1, 1, S] bool; may be None where there are no pads.
 
-    Those of the hypotheses are written in place, into a buffer [2, R, H, capacity, Dh] per layer,
-    whose capacity doubles when it is used up.
+    Keys and values of the hypotheses are written in place, into a buffer [2, R, H, capacity, Dh]
+    per layer, whose capacity doubles when it is used up.
     """
 
     def __init__(self, model: TransformerSeq2SeqModel, input_ids: Tensor, width: int = 1):
@@ -619,11 +619,14 @@ def _limits(
 def _decoding(model: TransformerSeq2SeqModel) -> Iterator[None]:
     """Eval mode, without gradients and autocast; the former state afterwards."""
     training = [module for module in model.modules() if module.training]
-    device = model.embedding.weight.device
+    try:
+        no_autocast = torch.autocast(model.embedding.weight.device.type, enabled=False)
+    except RuntimeError:  # torch 2.3 has none on MPS
+        no_autocast = contextlib.nullcontext()
     try:
         for module in training:
             module.training = False
-        with torch.inference_mode(), torch.autocast(device.type, enabled=False):
+        with torch.inference_mode(), no_autocast:
             yield
     finally:
         for module in training:
@@ -678,12 +681,9 @@ def greedy_decode(
 
     Returns: [B, T] int64; pads follow the end of a row. The model is in eval mode for the call.
     """
-
-    def likeliest(logits: Tensor, rows: list[int], step: int) -> Tensor:
-        return logits.max(dim=-1).indices  # argmax takes twice as long on a CPU
-
     limits = _limits(model, input_ids, max_new_tokens)
-    return _decode_rows(model, input_ids, limits, likeliest)
+    # Not argmax, which takes twice as long on a CPU.
+    return _decode_rows(model, input_ids, limits, lambda logits, *_: logits.max(dim=-1).indices)
 
 
 def sample_decode(
@@ -814,7 +814,7 @@ def beam_search(
     limits = _limits(model, input_ids, max_new_tokens)
     beams = [_Beam(beam_size, length_penalty, limit) for limit in limits]
     searching = list(beams)
-    device, spare = input_ids.device, min(2 * beam_size + 1, config.vocab_size)
+    device, per_row = input_ids.device, min(2 * beam_size + 1, config.vocab_size)
     with _decoding(model):
         cache = KeyValueCache(model, input_ids, beam_size)
         while searching:
@@ -824,7 +824,7 @@ def beam_search(
             sums = torch.tensor([h.score if h else -math.inf for h in running], device=device)
             log_probs = model.decode_step(ids, cache).float().log_softmax(dim=-1)  # [R, V]
             # The best of all continuations are among the best of each hypothesis.
-            best, tokens = log_probs.topk(spare, dim=-1)  # [R, 2K + 1]
+            best, tokens = log_probs.topk(per_row, dim=-1)  # [R, 2K + 1]
             best.masked_fill_(tokens == config.pad_id, -math.inf)  # no translation
             shape = (len(searching), -1)  # [R, 2K + 1] -> [B, K * (2K + 1)]
             totals = (best + sums[:, None]).view(shape)
@@ -833,7 +833,7 @@ def beam_search(
             tokens = tokens.view(shape).gather(1, order)
             # To the host, where a sentence is a few numbers: two copies per step.
             numbers = torch.stack([totals, best]).tolist()
-            places = torch.stack([order // spare, tokens]).tolist()
+            places = torch.stack([order // per_row, tokens]).tolist()
             rows = []  # the row of the cache that each row goes on from
             for index, beam in enumerate(searching):
                 candidates = list(zip(*(column[index] for column in (*numbers, *places))))
@@ -877,14 +877,11 @@ def cross_attention_weights(
     return torch.stack(found)
 
 
-def count_flops(
-    config: Seq2SeqConfig, source_length: int, target_length: int, width: int = 1
-) -> int:
+def count_flops(config: Seq2SeqConfig, source_length: int, target_length: int) -> int:
     """Floating-point operations of one sentence forward, a multiply-add counted as two.
 
-    The matrix products alone, and only what a causal mask leaves; the same for all target positions
-    at once and for cached decoding with `width` hypotheses. Training takes three times as many
-    (backward: one product each for inputs and weights).
+    The matrix products alone, and only what a causal mask leaves. Training takes three times as
+    many (backward: one product each for inputs and weights).
     """
     size, wide = config.d_model, config.dim_feedforward
     layer = 4 * size**2 + 2 * size * wide + 2 * size * source_length  # of one source token
@@ -892,6 +889,6 @@ def count_flops(
     memory = source_length * 2 * size**2
     seen = source_length + (target_length + 1) / 2  # keys per target token, on average
     layer = 6 * size**2 + 2 * size * wide + 2 * size * seen  # of one target token
-    decoder = config.num_decoder_layers * (memory + width * target_length * layer)
-    output = width * target_length * size * config.vocab_size
+    decoder = config.num_decoder_layers * (memory + target_length * layer)
+    output = target_length * size * config.vocab_size
     return int(2 * (encoder + decoder + output))

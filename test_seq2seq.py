@@ -27,11 +27,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
 import time
 from collections import Counter
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock, patch
@@ -51,7 +53,8 @@ import data
 import run
 import seq2seq
 import translate
-from benchmarks import figures, harness, lightning
+from benchmarks import decode as decode_bench
+from benchmarks import figures, harness, lightning, quality
 from benchmarks import train as train_bench
 from data import InputError
 from positional import POSITIONAL_KINDS, sinusoidal_positional_encoding
@@ -141,20 +144,6 @@ def test_tables_grow_and_are_no_parameters(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("norm_first", [True, False])
-def test_a_future_token_cannot_change_the_past(kind, norm_first):
-    model = tiny_model(positional=kind, norm_first=norm_first).eval()
-    source, target = random_ids(3, 9), random_ids(3, 12, seed=1)
-    before = model(source, target)
-    for position in range(1, 12):
-        changed = target.clone()
-        changed[:, position] = (changed[:, position] + 1) % 50
-        after = model(source, changed)
-        assert torch.equal(before[:, :position], after[:, :position])
-        assert not close(before[:, position:], after[:, position:], 1e-3)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("norm_first", [True, False])
 def test_padding_cannot_change_a_sentence(kind, norm_first):
     model = tiny_model(positional=kind, norm_first=norm_first).eval()
     source, target = random_ids(1, 6), random_ids(1, 5, seed=1)
@@ -181,15 +170,14 @@ def test_forward_takes_what_the_tutorial_and_modlee_hand_in():
 @pytest.mark.parametrize("kind", KINDS)
 def test_decoding_ends_at_its_limit_and_never_writes_the_start_token(kind):
     """Also for sentences longer than any in training; learned positions end and say so."""
-    model, source = tiny_model(positional=kind), random_ids(2, 90)
-    torch.nn.init.zeros_(model.embedding.weight)  # all logits alike: argmax would take pad
+    model, source = tiny_model(positional=kind, eos_id=49), random_ids(2, 90)
+    torch.nn.init.zeros_(model.embedding.weight)  # all logits alike: the first that may be, 1
     if kind == "learned":
-        assert greedy_decode(model, random_ids(1, 40)).size(1) <= 40
+        assert greedy_decode(model, random_ids(1, 40)).tolist() == [[1] * 40]
         with pytest.raises(ValueError, match="90 tokens is longer than the 40 learned"):
             greedy_decode(model, source)
         return
-    found = greedy_decode(model, source, 100)
-    assert found.size(1) <= 100 and (found != 0).any()
+    assert greedy_decode(model, source, 100).tolist() == [[1] * 100] * 2
     with pytest.raises(ValueError, match="at least 1"):
         greedy_decode(model, source, max_new_tokens=0)
 
@@ -235,12 +223,9 @@ def test_the_loss_ignores_pads_and_counts_tokens(smoothing):
     assert tokens == 8
     log_p = logits.log_softmax(-1)
     expected = 0.0
-    for row, column in ((0, c) for c in range(5)):
+    for row, column in labels.nonzero().tolist():
         expected -= (1 - smoothing) * log_p[row, column, labels[row, column]]
         expected -= smoothing * log_p[row, column].mean()
-    for column in range(3):
-        expected -= (1 - smoothing) * log_p[1, column, labels[1, column]]
-        expected -= smoothing * log_p[1, column].mean()
     assert close(loss, expected, 1e-3)
     logits[1, 3:] = 1e4
     assert close(sequence_loss(logits, labels, label_smoothing=smoothing)[0], loss)
@@ -273,32 +258,32 @@ def as_torch(model: TransformerSeq2SeqModel):
         batch_first=True,
         norm_first=config.norm_first,
     )
+    names = {"self_attention_norm": "norm1", "cross_attention_norm": "norm2"}  # ours -> theirs
+    names |= {"self_attention": "self_attn", "cross_attention": "multihead_attn"}
+    names |= {"in_proj.": "in_proj_", "_layers": ".layers", "coder_norm": "coder.norm"}
     state = {}
-    for side in ("encoder", "decoder"):
-        norms = ["self_attention_norm", "feed_forward_norm"]
-        if side == "decoder":
-            norms.insert(1, "cross_attention_norm")
-        for index, layer in enumerate(getattr(model, f"{side}_layers")):
-            parts = {"self_attn": layer.self_attention}
-            if side == "decoder":
-                parts["multihead_attn"] = layer.cross_attention
-            place = f"{side}.layers.{index}"
-            for name, attention in parts.items():
-                for kind in ("weight", "bias"):
-                    state[f"{place}.{name}.in_proj_{kind}"] = getattr(attention.in_proj, kind)
-                    state[f"{place}.{name}.out_proj.{kind}"] = getattr(attention.out_proj, kind)
-            parts = {f"norm{i}": getattr(layer, name) for i, name in enumerate(norms, 1)}
-            parts |= {"linear1": layer.linear1, "linear2": layer.linear2}
-            if config.norm_first:
-                state[f"{side}.norm.weight"] = getattr(model, f"{side}_norm").weight
-                state[f"{side}.norm.bias"] = getattr(model, f"{side}_norm").bias
-            for name, part in parts.items():
-                state[f"{place}.{name}.weight"] = part.weight
-                state[f"{place}.{name}.bias"] = part.bias
+    for name, parameter in model.named_parameters():
+        last = "norm3" if name.startswith("decoder") else "norm2"
+        for ours, theirs in (names | {"feed_forward_norm": last}).items():
+            name = name.replace(ours, theirs)
+        if name.startswith(("encoder.", "decoder.")):
+            state[name] = parameter
     if not config.norm_first:
         reference.encoder.norm = reference.decoder.norm = None
     reference.load_state_dict(state)
     return reference, state
+
+
+def torch_hidden(reference, model, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """What `as_torch(model)` makes of the same embeddings: [B, T, D]."""
+    pads, length = source == 0, target.size(1)
+    return reference(
+        model.embed(source),
+        model.embed(shift_right(target)),
+        tgt_mask=torch.ones(length, length, dtype=torch.bool).triu(1),
+        src_key_padding_mask=pads,
+        memory_key_padding_mask=pads,
+    )
 
 
 def ragged(rows: int, length: int, seed: int = 0) -> torch.Tensor:
@@ -334,16 +319,8 @@ def test_the_same_weights_in_nn_transformer_give_the_same_logits(
             torch.nn.init.normal_(parameter, mean=float("norm.weight" in name), std=0.3)
     reference, weights = as_torch(model)
     source, target = ragged(rows, 11), ragged(rows, 9, seed=1)
-    decoder_input, pads = shift_right(target), source == 0
-    hidden = reference(
-        model.embed(source),
-        model.embed(decoder_input),
-        tgt_mask=torch.ones(9, 9, dtype=torch.bool).triu(1),
-        src_key_padding_mask=pads,
-        memory_key_padding_mask=pads,
-    )
-    expected = hidden @ model.output.weight[:50].T
-    logits = model(source, decoder_input)
+    expected = torch_hidden(reference, model, source, target) @ model.output.weight[:50].T
+    logits = model(source, shift_right(target))
     real = target != 0  # what stands right of a sentence counts nowhere
     assert close(logits[real], expected[real])
 
@@ -392,15 +369,6 @@ def numbered_tokenizer(vocab_size: int):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
-def save_exported(model, folder: Path) -> Path:
-    """A folder as `python run.py export` writes it, for a model without a tokenizer."""
-    tokenizer = numbered_tokenizer(50)
-    translate.complete_tokenizer(tokenizer, model.config)
-    translate.to_transformers(model).save_pretrained(folder)
-    run.save_tokenizer(tokenizer, folder)
-    return folder
-
-
 def without_pads(rows: torch.Tensor) -> list[list[int]]:
     """Up to the first eos: transformers 5 fills up with eos where pad is 0."""
     rows = [[i for i in row if i != 0] for row in rows.tolist()]
@@ -411,9 +379,13 @@ def test_transformers_gives_the_same_logits_and_the_same_translations(learnt, tm
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
     model, source, _ = learnt
-    folder = save_exported(model, tmp_path / "hf")
-    reference = AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
-    assert AutoTokenizer.from_pretrained(folder)("7 8")["input_ids"] == [7, 8, 1]
+    tokenizer = numbered_tokenizer(50)
+    translate.complete_tokenizer(tokenizer, model.config)
+    translate.to_transformers(model).save_pretrained(tmp_path)
+    run.save_tokenizer(tokenizer, tmp_path)
+    reference = AutoModelForSeq2SeqLM.from_pretrained(tmp_path).eval()
+    assert reference.config.vocab_size == 50
+    assert AutoTokenizer.from_pretrained(tmp_path)("7 8")["input_ids"] == [7, 8, 1]
     # Unlearnt sentences too, where the model is in doubt.
     source = torch.cat([source, ragged(8, 12, seed=5), ragged(8, 12, seed=6)])
     mask = source.ne(0).long()
@@ -422,7 +394,7 @@ def test_transformers_gives_the_same_logits_and_the_same_translations(learnt, tm
         logits = reference(
             input_ids=source, attention_mask=mask, decoder_input_ids=decoder_input
         ).logits
-    assert close(logits[..., :50], model(source, decoder_input), 1e-4)
+    assert close(logits, model(source, decoder_input), 1e-4)
     reference.generation_config.max_length = None
     for width in (1, 4):
         theirs = reference.generate(
@@ -433,7 +405,8 @@ def test_transformers_gives_the_same_logits_and_the_same_translations(learnt, tm
         for row, (best, *_) in enumerate(ours):
             if best.tokens != theirs[row]:
                 # From 4.50 on transformers may stop a step earlier; it must not find better.
-                assert width > 1 and run.versions()["transformers"] >= "4.5"
+                major, minor, *_ = map(int, run.versions()["transformers"].split("."))
+                assert width > 1 and (major, minor) >= (4, 50)
                 _, score = teacher_forced(model, source[row], theirs[row])
                 assert best.score > score
     assert without_pads(greedy_decode(model, source, 20)) == [
@@ -445,11 +418,7 @@ def test_transformers_gives_the_same_logits_and_the_same_translations(learnt, tm
 def test_thirty_two_pairs_are_learnt_by_heart(kind):
     """Decoding gives back exactly what teacher forcing taught."""
     model, source, target = learn_by_heart(positional=kind)
-    model.train()
     assert without_pads(greedy_decode(model, source)) == without_pads(target)
-    assert model.training, "decoding leaves the mode of the model as it was"
-    one_by_one = [greedy_decode(model, row[row != 0][None]) for row in source]
-    assert [without_pads(row)[0] for row in one_by_one] == without_pads(target)
 
 
 def teacher_forced(model, source: torch.Tensor, tokens: list[int]):
@@ -587,13 +556,11 @@ def test_a_batch_decodes_like_its_sentences_one_by_one(kind):
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
 def test_a_wide_beam_finds_the_best_of_all_translations(length_penalty):
     """Every translation of up to three tokens, enumerated."""
-    from itertools import product
-
     model, source = tiny_model(vocab_size=6, seed=4).eval(), torch.tensor([[3, 5, 1]])
     model.embedding.weight.data *= 3  # opinions
     best = (-math.inf, [])
     for length in (1, 2, 3):
-        for tokens in product(range(1, 6), repeat=length):
+        for tokens in itertools.product(range(1, 6), repeat=length):
             whole = tokens[-1] == 1 or length == 3
             if whole and 1 not in tokens[:-1]:
                 log_probs, _ = teacher_forced(model, source[0], list(tokens))
@@ -629,7 +596,8 @@ def test_samples_follow_the_distribution():
     logits[0] = -torch.inf
     expected = (logits / 0.7).softmax(-1)
     observed = torch.bincount(drawn[:, 0], minlength=50) / count
-    assert (observed - expected).abs().max() < 4 * (0.25 / count) ** 0.5
+    deviation = (expected * (1 - expected) / count).sqrt()
+    assert ((observed - expected).abs() < 4 * deviation + 1 / count).all()
     kept = expected.sort(descending=True)
     few = (kept.values.cumsum(0) - kept.values < 0.3).sum()
     nucleus = sample_decode(
@@ -696,12 +664,21 @@ def test_flops_are_those_that_torch_counts():
     assert (three - two) - (two - one) == 2 * 2 * 2 * 32
 
 
-def test_attention_weights_are_a_distribution_over_the_source():
+def test_attention_weights_are_those_of_nn_transformer():
     model, source, labels = tiny_model().eval(), ragged(3, 9), ragged(3, 6, seed=1)
-    weights = cross_attention_weights(model, source, labels)
-    assert weights.shape == (2, 3, 4, 6, 9)
-    assert close(weights.sum(-1), torch.ones(2, 3, 4, 6))
-    assert (weights[:, source[:, None, None, :].expand(3, 4, 6, 9) == 0] == 0).all()
+    reference, _ = as_torch(model)
+    expected = []
+
+    def keep(module, inputs, more, _) -> None:
+        more |= {"need_weights": True, "average_attn_weights": False}
+        expected.append(module.forward(*inputs, **more)[1])
+
+    for layer in reference.decoder.layers:
+        layer.multihead_attn.register_forward_hook(keep, with_kwargs=True)
+    torch_hidden(reference.eval(), model, source, labels)
+    weights = cross_attention_weights(model, source, labels).transpose(2, 3)  # [L, B, T, H, S]
+    real = labels != 0
+    assert close(weights[:, real], torch.stack(expected).transpose(2, 3)[:, real])
 
 
 # ---- work not done ----------------------------------------------------------------------------
@@ -774,7 +751,7 @@ def test_the_loss_never_holds_all_logits(monkeypatch):
     """Every tensor made on the way is looked at, forward and backward."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    monkeypatch.setattr(_ProjectedLoss, "PIECE", 50 * 20)
+    monkeypatch.setattr(_ProjectedLoss, "PIECE", 50 * 40)  # the weights have 50 * 32
     monkeypatch.setattr(_ProjectedLoss, "BLOCK_CPU", 50 * 4)
     largest = 0
 
@@ -791,12 +768,10 @@ def test_the_loss_never_holds_all_logits(monkeypatch):
     with Watch():
         model.loss(hidden, torch.randint(1, 50, (400,)), 0.1).backward()
     assert hidden.grad is not None
-    assert largest == max(50 * 20, 50 * 32), "a piece, or a matrix of the weights' size"
+    assert largest == 50 * 40, "a piece"
 
 
-def test_gradients_can_be_asked_for_twice_and_a_batch_of_nothing_has_some(
-    monkeypatch,
-):
+def test_gradients_can_be_asked_for_twice_and_a_batch_of_nothing_has_some(monkeypatch):
     model = tiny_model(dropout=0.0)
     loss, _ = model(*padded_batch([(3, 9), (5, 2)])[:1], labels=random_ids(2, 9))
     weights = list(model.parameters())
@@ -817,10 +792,11 @@ def test_layers_see_tokens_and_no_pads():
     model, seen = tiny_model(), []
     for layer in (*model.encoder_layers, *model.decoder_layers):
         layer.linear1.register_forward_pre_hook(lambda _, x: seen.append(len(x[0])))
-    model(*padded_batch([(3, 9), (12, 2)])[:1], labels=padded_batch([(3, 9), (12, 2)])[1])
+    input_ids, labels = padded_batch([(3, 9), (12, 2)])
+    model(input_ids, labels=labels)
     assert seen == [15, 15, 11, 11]
     assert model.encode(random_ids(3, 5))[1].mask is None
-    assert model.encode(padded_batch([(3, 9), (12, 2)])[0])[1].mask is not None
+    assert model.encode(input_ids)[1].mask is not None
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -1251,13 +1227,12 @@ def test_what_is_no_text_file_is_refused(suffix, tmp_path):
         assert suffix == ".csv" and f"{path}:2: field larger" in str(error)
 
 
-def test_cleaning_counts_what_it_drops_and_renumbers_nothing():
+def test_cleaning_counts_what_it_drops():
     dropped = Counter()
     rows = [("a b", "x"), ("", "x"), ("a b", "x"), ("a b", "y"), ("a", "x" * 40), ("c", "d")]
-    pairs = [data.Pair(*row, f"row {i}") for i, row in enumerate(rows)]
+    pairs = (data.Pair(*row) for row in rows)
     kept = list(data.clean(pairs, dropped, held_out={data.text_key("C!")}))
-    assert [pair[:2] for pair in kept] == [("a b", "x"), ("a b", "y")]
-    assert [pair.place for pair in kept] == ["row 0", "row 3"]
+    assert kept == [("a b", "x"), ("a b", "y")]
     assert dropped == {"empty": 1, "duplicate": 1, "length ratio": 1, "held out": 1}
 
 
@@ -1273,9 +1248,8 @@ def test_a_tokenizer_that_loses_letters_is_noticed(tmp_path):
     texts = ["house", "nouă", "new", "țară"]
     assert data.round_trip_loss(texts, lossy, "ro") == 0.5
     assert data.round_trip_loss(texts, data.train_tokenizer(texts, 300), "ro") == 0.0
-    assert data.round_trip_loss(texts * 1000, lossy, "ro", sample=500) == pytest.approx(
-        0.5, abs=0.1
-    )
+    sampled = data.round_trip_loss(texts * 1000, lossy, "ro", sample=500)
+    assert sampled == pytest.approx(0.5, abs=0.1)
     assert data.round_trip_loss([], lossy, "ro") == 0.0
 
 
@@ -1300,14 +1274,8 @@ def prepared():
 def test_the_own_tokenizer_round_trips(prepared):
     tokenizer = prepared.tokenizer
     assert len(tokenizer) == 400
-    for text in (
-        ROMANIAN,
-        "Știința și țara.",
-        "🙂 and 漢字",
-        "a  b",
-        "<b>\\n",
-        "</s><pad> <unk>",
-    ):
+    others = ("Știința și țara.", "🙂 and 漢字", "a  b", "<b>\\n", "</s><pad> <unk>")
+    for text in (ROMANIAN, *others):
         ids = tokenizer(text)["input_ids"]
         assert ids[-1] == tokenizer.eos_token_id and tokenizer.unk_token_id not in ids
         assert tokenizer.decode(ids, skip_special_tokens=True) == text
@@ -1428,12 +1396,9 @@ def test_window_tokens_cover_the_whole_window(prepared):
     sampler = data.BucketBatchSampler(*lengths, 50)
     tokens = [sampler.target_tokens(index) for index in range(10)]
     assert len(sampler) == 10
-    assert [sampler.window_tokens(i, 4) for i in (0, 3, 4, 9)] == [
-        sum(tokens[:4]),
-        sum(tokens[:4]),
-        sum(tokens[4:8]),
-        sum(tokens[8:]),
-    ]
+    first, second, last = sum(tokens[:4]), sum(tokens[4:8]), sum(tokens[8:])
+    windows = [sampler.window_tokens(i, 4) for i in (0, 3, 4, 9)]
+    assert windows == [first, first, second, last]
 
 
 def test_create_dataloaders_splits_by_source_and_drops_duplicates():
@@ -1468,26 +1433,16 @@ def test_the_tutorials_names_and_signatures():
         assert name in vars(run.adapter_class(run.import_lightning().LightningModule))
 
 
-def save_tokenizer(folder: Path, **special) -> Path:
-    from transformers import PreTrainedTokenizerFast
-
-    trained = data.train_tokenizer(["a b c", "d e f"], 300)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained.backend_tokenizer, **special)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.parametrize(
     "special",
-    [
-        {},
-        {"eos_token": "</s>"},
-        {"pad_token": "<pad>"},
-        {"eos_token": "x", "pad_token": "x"},
-    ],
+    [{}, {"eos_token": "</s>"}, {"pad_token": "<pad>"}, {"eos_token": "x", "pad_token": "x"}],
 )
 def test_a_tokenizer_without_pad_or_eos_gets_them(tmp_path, special):
-    tokenizer = data.load_tokenizer(str(save_tokenizer(tmp_path, **special)))
+    from transformers import PreTrainedTokenizerFast
+
+    backend = data.train_tokenizer(["a b c", "d e f"], 300).backend_tokenizer
+    PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(tmp_path)
+    tokenizer = data.load_tokenizer(str(tmp_path))
     assert None not in (tokenizer.pad_token_id, tokenizer.eos_token_id)
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
     assert max(tokenizer.pad_token_id, tokenizer.eos_token_id) < len(tokenizer)
@@ -2120,13 +2075,6 @@ def test_two_processes_train_like_one_on_both_batches(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
-def wait_for(checkpoints: Path, process: subprocess.Popen) -> None:
-    """Until there is a checkpoint: steps are being made."""
-    while not any(checkpoints.glob("step-*.pt")):
-        assert process.poll() is None
-        time.sleep(0.01)
-
-
 # ---- nothing lost -----------------------------------------------------------------------------
 
 
@@ -2172,15 +2120,33 @@ def plain_pickle(path: Path, owned: Path) -> None:
     path.write_bytes(pickle.dumps(Hostile(owned)))
 
 
-@pytest.mark.parametrize("damage", [flip_a_bit, cut_off, empty, pickle_by_torch, plain_pickle])
-def test_a_damaged_checkpoint_is_said_and_the_one_before_it_used(damage, tmp_path, capsys):
-    """Nothing in it is executed, either."""
+def before_a_zip(path: Path, owned: Path) -> None:
+    """A tar, as torch wrote before 1.0 and as its versions up to 2.5 would execute."""
+    whole = path.read_bytes()
+    with tarfile.open(path, "w") as tar:
+        tar.addfile(tarfile.TarInfo("storages"))
+    path.write_bytes(path.read_bytes() + whole)
+
+
+DAMAGES = [flip_a_bit, cut_off, empty, pickle_by_torch, plain_pickle, before_a_zip]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_said_and_the_one_before_it_used(
+    damage, tmp_path, capsys, monkeypatch
+):
+    """Nothing in it is executed, either. Of several processes the first sets it aside."""
     _, newest = write_states(tmp_path / "checkpoints", 1, 2)
     assert run.read_checkpoint(newest.parent)["state"]["step"] == 2
     damage(newest, tmp_path / "owned")
+    with monkeypatch.context() as second:
+        second.setenv("RANK", "1")
+        assert run.read_checkpoint(newest.parent)["state"]["step"] == 1 and newest.exists()
     checkpoint = run.read_checkpoint(newest.parent)
     assert checkpoint["state"]["step"] == 1 and (checkpoint["w"] == 1).all()
-    assert f"note: {newest} cannot be read" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"note: {newest} cannot be read" in said
+    assert ("no zip archive" in said) == (damage in (empty, plain_pickle, before_a_zip))
     assert newest.with_suffix(".damaged").exists() and not newest.exists()
     assert not (tmp_path / "owned").exists()
 
@@ -2277,7 +2243,9 @@ def test_a_signal_saves_the_last_state(loop, number, tmp_path, capsys):
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
-    wait_for(Path(f"{output}.checkpoints"), process)
+    while not any(Path(f"{output}.checkpoints").glob("step-*.pt")):  # steps are being made
+        assert process.poll() is None
+        time.sleep(0.01)
     process.send_signal(number)
     time.sleep(0.05)
     process.send_signal(number)  # impatience loses nothing
@@ -2615,7 +2583,7 @@ def test_translate_writes_one_line_per_line(folder):
     done = command("translate", "--model", folder, **more)
     assert done.returncode == 2
     assert done.stdout.count(b"\n") == 1, "the line before it is translated"
-    assert done.stderr.decode().splitlines()[-1].startswith("error: standard input, line 2")
+    assert done.stderr.decode().splitlines()[-1].startswith("error: standard input:2: not")
 
 
 def test_closed_standard_streams_are_no_error(folder):
@@ -2814,8 +2782,8 @@ def test_held_out_parts_are_trained_without_and_scored_on(tmp_path, capsys):
     config = run.parse_command_line(list(map(str, (*own, *more))))[1]
     prepared = run.prepare_data(config)
     assert prepared.dropped["held out"] == sum(source in held_out for source, _ in rows)
-    assert [pair[:2] for pair in prepared.test_pairs] == parts["test"]
-    assert [pair[:2] for pair in prepared.validation_pairs] == parts["validation"]
+    assert prepared.test_pairs == parts["test"]
+    assert prepared.validation_pairs == parts["validation"]
     short = run.prepare_data(dataclasses.replace(config, max_length=12))
     lost = len(parts["validation"]) - len(short.validation)
     assert short.dropped["over-long validation"] == lost > 0
@@ -2864,8 +2832,11 @@ def test_an_engine_folder_translates_and_evaluates_like_its_model(folder, tmp_pa
     scores = []
     for name in (folder, tmp_path / "ct2", tmp_path / "int8"):  # on its own test part
         assert main("evaluate", "--model", name, "--json", tmp_path / "report.json") == 0
-        scores.append(json.loads((tmp_path / "report.json").read_text())["bleu"])
+        report = json.loads((tmp_path / "report.json").read_text())
+        scores.append(report["bleu"])
     assert scores[0] == scores[1] and abs(scores[2] - scores[0]) <= 1
+    assert report["precision"].startswith("int8")
+    assert main("translate", "--model", name, "--precision", "bf16", "I see.") == 2
     capsys.readouterr()
     assert main("export", tmp_path / "again", "--model", tmp_path / "ct2") == 2
     assert capsys.readouterr().err.count("\n") == 1
@@ -2986,10 +2957,21 @@ def test_arms_take_turns_there_and_back_and_their_losses_agree():
 
 
 def test_an_interrupted_start_ends_the_processes_that_are_there():
-    process = multiprocessing.get_context("spawn").Process
-    stopped = patch.object(process, "start", side_effect=run.Interrupted(130))
-    with stopped, pytest.raises(run.Interrupted), harness.serving(print, {"raw": ()}):
+    kind, started = multiprocessing.get_context("spawn").Process, []
+    start = kind.start
+
+    def stop_the_second(process) -> None:
+        if started:
+            raise run.Interrupted(130)
+        started.append(process)
+        start(process)
+
+    jobs = {"raw": (), "adapter": ()}
+    serving = harness.serving(Connection.recv, jobs)
+    with patch.object(kind, "start", stop_the_second), pytest.raises(run.Interrupted), serving:
         pass
+    started[0].join(60)
+    assert started[0].exitcode == -signal.SIGKILL
 
 
 def test_costs_are_itemised_and_drawn(tmp_path, capsys):
@@ -3016,6 +2998,7 @@ def test_costs_are_itemised_and_drawn(tmp_path, capsys):
     assert all(arm.label in printed for arm in lightning.ARMS.values())
     figures.draw_bench(report, tmp_path / "bench.png")
     assert (tmp_path / "bench.png").stat().st_size > 20_000
+    assert figures.main(["--help"]) == 2 == figures.main(["attention", "runs/NAME"])
 
 
 def test_bench_times_arms_in_processes_of_their_own(tmp_path, capsys, monkeypatch):
@@ -3196,9 +3179,9 @@ def recorded(prepared, tmp_path_factory):
     folder = tmp_path_factory.mktemp("modlee")
     for name in ("work", "home"):
         (folder / name).mkdir()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder / "work")
-        patch.setenv("HOME", str(folder / "home"))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(folder / "work")
+        monkeypatch.setenv("HOME", str(folder / "home"))
         return fit(prepared, "lightning", True, folder, FROZEN), folder
 
 
@@ -3372,9 +3355,14 @@ def workshop(folder, tmp_path_factory) -> Path:
     return root
 
 
+BENCHES = {"bench": lightning.BenchConfig, "benchmarks.train": train_bench.TrainBench}
+BENCHES |= {"benchmarks.decode": decode_bench.DecodeBench}
+BENCHES |= {"benchmarks.quality": quality.QualityBench}
+
+
 @pytest.mark.parametrize("line", readme_commands())
 def test_every_command_of_the_readme_runs(line, workshop, hub_home, monkeypatch):
-    """Made small by flags at its end; the benches are only looked up, and run in `.ci/run`."""
+    """Made small by flags at its end. Flags of the benches are only parsed: `.ci/run` runs them."""
     monkeypatch.chdir(workshop)
     monkeypatch.setenv("PYTHONPATH", str(HERE))
     monkeypatch.setenv("HF_HOME", str(hub_home))
@@ -3382,6 +3370,7 @@ def test_every_command_of_the_readme_runs(line, workshop, hub_home, monkeypatch)
     line = line.replace(".venv/bin/torchrun", ".venv/bin/python -m torch.distributed.run")
     line, _, source = line.partition(" > ")[0].partition(" < ")
     words = shlex.split(line)
+    flags = words[3:]
     if "--resume" in words or "--init" in words:
         words += [*SMALL[-2:], "--no-modlee"]
     elif not {"translate", "evaluate", "export", "bench", "attention"} & set(words):
@@ -3391,8 +3380,8 @@ def test_every_command_of_the_readme_runs(line, workshop, hub_home, monkeypatch)
         pytest.importorskip("ctranslate2")
     if "benchmarks.figures" in words:
         assert figures.main(words[3:]) == 0
-    elif "bench" in words:
-        tyro.cli(lightning.BenchConfig, args=words[3:])
+    elif words[2] in BENCHES:
+        tyro.cli(BENCHES[words[2]], args=flags)
     elif source or "--preset" in words or "torch.distributed.run" in words:
         arguments = [str(HERE / word) if word == "run.py" else word for word in words[1:]]
         with open(source or os.devnull) as file:

@@ -2,9 +2,9 @@
 
     load_translator("runs/NAME").translate(["The teacher sees you."])
 
-It needs positional.py, seq2seq.py, data.py, numpy, tqdm, safetensors and transformers, to score
-sacreBLEU, and CTranslate2 for its folders. In reading order: loading, translating, scoring,
-CTranslate2 in the place of the model, export (the model alone: `export` in run.py makes folders).
+It needs positional.py, seq2seq.py, data.py, numpy, tqdm, safetensors and transformers; sacreBLEU
+for scores, and CTranslate2 for its folders. In reading order: loading, translating, scoring,
+CTranslate2 in the place of the model, export of the weights (`export` in run.py adds the rest).
 """
 
 import json
@@ -274,7 +274,9 @@ def load_translator(
     """
     require(precision in ("fp32", "bf16"), f"precision {precision}: fp32 or bf16")
     model, tokenizer, languages = load_model(folder, choose_device(device), exported=True)
-    if precision == "bf16" and not isinstance(model, Engine):
+    if precision == "bf16":
+        way = "its precision was chosen by export --quantization"
+        require(not isinstance(model, Engine), f"{folder}: {way}, leave bf16 out")
         model.to(torch.bfloat16)
     return Translator(model, tokenizer, languages, **decoding)
 
@@ -302,7 +304,7 @@ class Engine:
     """A folder exported for CTranslate2, in the place of a model. No torch computes in here: its
     threads and the engine's would wait for each other.
 
-    Attributes: config: that of the model it was made of.
+    Attributes: config: that of the model it was made of. precision: such as int8_float32.
     """
 
     def __init__(self, folder: Path, config: Seq2SeqConfig, tokenizer, device: str):
@@ -319,12 +321,19 @@ class Engine:
             self.translator = ctranslate2.Translator(str(folder), device, intra_threads=threads)
         except (RuntimeError, ValueError) as error:
             raise InputError(f"CTranslate2 cannot load {folder}: {data.one_line(error)}") from None
+        self.precision = self.translator.compute_type
 
     def decode(
-        self, rows: list[list[int]], beam: int, length_penalty: float, num_return: int, scores: bool
+        self,
+        rows: list[list[int]],
+        beam: int,
+        length_penalty: float = 1.0,
+        num_return: int = 1,
+        scores: bool = False,
+        max_new_tokens: int | None = None,
     ) -> list[list[Hypothesis]]:
         """The hypotheses of each row of token ids, best first, cut as `greedy_decode` cuts."""
-        limits = output_limits(self.config, [len(row) for row in rows])
+        limits = output_limits(self.config, [len(row) for row in rows], max_new_tokens)
         results = self.translator.translate_batch(
             [[self.tokens[i] for i in row] for row in rows],
             beam_size=beam,
@@ -404,10 +413,7 @@ def to_transformers(model: TransformerSeq2SeqModel):
             f"transformers has no model of this shape with {config.positional} positions; "
             "train with --positional sinusoidal to export"
         )
-    # CTranslate2 cuts the last row off Marian's vocabulary, where other models keep their pad.
-    spare = 0 if config.norm_first else 1
-    settings = transformers_settings(config, config.vocab_size + spare)
-    settings |= {"normalize_before": config.norm_first, "normalize_embedding": False}  # for it too
+    settings = transformers_settings(config, config.vocab_size)
     if config.norm_first:
         made = transformers.PegasusConfig(**settings)
         exported = transformers.PegasusForConditionalGeneration(made)
@@ -419,8 +425,7 @@ def to_transformers(model: TransformerSeq2SeqModel):
     for name, weight in model.state_dict().items():
         part = name.split(".")[-2]
         if part in ("embedding", "output"):
-            rows = weight[: config.vocab_size, channels]
-            weight = torch.cat([rows, rows.new_zeros(spare, config.d_model)])
+            weight = weight[: config.vocab_size, channels]
             names = ["lm_head.weight"]
             if part == "embedding":
                 names = ["shared", "encoder.embed_tokens", "decoder.embed_tokens"]
@@ -438,9 +443,7 @@ def to_transformers(model: TransformerSeq2SeqModel):
             continue
         for projection, rows in zip(("q_proj", "k_proj", "v_proj"), weight.chunk(3)):
             state[f"model.{name.replace('in_proj', projection)}"] = rows
-    bias = torch.zeros(1, config.vocab_size + spare)
-    bias[:, config.vocab_size :] = -1e9  # the spare row is no token
-    state["final_logits_bias"] = bias
+    state["final_logits_bias"] = torch.zeros(1, config.vocab_size)
     missing, unexpected = exported.load_state_dict(state, strict=False)
     # The position tables are made by the class and not always stored.
     missing = [name for name in missing if "embed_positions" not in name]

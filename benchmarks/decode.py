@@ -17,7 +17,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Literal
@@ -34,6 +33,7 @@ from benchmarks.harness import (
     serving,
     start,
     synchronize,
+    take_turns,
 )
 from data import InputError
 from run import TrainConfig
@@ -68,8 +68,8 @@ def reference_case(config: DecodeBench, device: torch.device):
         ids = [[*torch.randint(3, vocabulary, (length,)).tolist(), 1] for length in lengths]
         return model.eval(), Numbered(), ids
     model, tokenizer, languages = translate.load_model(config.model, device)
-    lines = (english for english, _ in data.phrasebook(config.sentences, seed=1))
-    texts = [data.normalize(line, languages[0]) for line in islice(lines, config.sentences)]
+    pairs = data.phrasebook(config.sentences, seed=1)
+    texts = [data.normalize(english, languages[0]) for english, _ in pairs]
     return model, tokenizer, data.encode_texts(texts, tokenizer)
 
 
@@ -130,24 +130,16 @@ def load_transformers(model, tokenizer, limit: int, threads: int) -> Decoder:
 def load_ctranslate2(
     model, tokenizer, limit: int, threads: int, quantization: str | None = None
 ) -> Decoder:
-    """CTranslate2, through our export, searching as `translate.Engine` does."""
-    import ctranslate2
-
+    """CTranslate2, through our export."""
     device = next(model.parameters()).device.type
     with tempfile.TemporaryDirectory() as folder:
         translate.to_ctranslate2(model, tokenizer, Path(folder), quantization)
-        translator = ctranslate2.Translator(folder, device, intra_threads=threads)
-    tokens = tokenizer.convert_ids_to_tokens(range(model.config.vocab_size))
-    number = {token: i for i, token in enumerate(tokens)}
+        torch.set_num_threads(threads)  # of the engine too; nothing of torch computes from here on
+        engine = translate.Engine(Path(folder), model.config, tokenizer, device)
 
     def decode(rows: list[list[int]], beam: int) -> list[list[int]]:
-        results = translator.translate_batch(
-            [[tokens[i] for i in row] for row in rows],
-            beam_size=beam,
-            patience=2 if beam > 1 else 1,
-            max_decoding_length=limit,
-        )
-        return [[number[token] for token in result.hypotheses[0]] for result in results]
+        found = engine.decode(rows, beam, max_new_tokens=limit)
+        return [without_ends(best.tokens, model.config) for (best,) in found]
 
     return decode
 
@@ -208,11 +200,7 @@ def compare(serve: dict[str, Callable], size: int, beam: int, config: DecodeBenc
         outputs[name], first[name] = ask(size, beam, 0)
         bar.update()
     passes = math.ceil(0.5 / first["ours"])  # a stall weighs less in a longer turn
-    seconds = {name: [] for name in serve}
-    for turn in range(config.turns):
-        for name in serve if turn % 2 == 0 else reversed(serve):
-            seconds[name].append(serve[name](size, beam, passes))
-            bar.update()
+    seconds = take_turns(serve, config.turns, bar, size, beam, passes)
     ours = outputs["ours"]
     tokens = sum(min(len(row) + 1, config.max_new_tokens) for row in ours)  # with eos
     rows = []

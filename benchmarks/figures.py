@@ -15,7 +15,7 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks.lightning import ARMS, GROUPS
-from data import InputError
+from data import InputError, require
 from run import write_file
 from seq2seq import cross_attention_weights, greedy_decode
 from translate import load_model, split_text
@@ -116,6 +116,7 @@ def main(arguments: list[str]) -> int:
         if arguments[:1] == ["attention"] and len(arguments) == 3:
             draw_attention(*arguments[1:], Path("attention.png"))
             return 0
+        require(not arguments, __doc__)
         report = json.loads((HERE / "bench.json").read_text(encoding="utf-8"))
         draw_bench(report, HERE / "bench.png")
     except (InputError, OSError) as error:

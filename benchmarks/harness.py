@@ -61,8 +61,9 @@ def serving(target: Callable, jobs: dict[str, tuple]) -> Iterator[dict[str, Call
 
 @contextlib.contextmanager
 def signals_later() -> Iterator[None]:
-    """Handle what comes during the block after it. A process that is started in the block has the
-    signals blocked: should it die before it has read what to do, the one that writes would wait."""
+    """Signals that come during the block are handled when it ends: by noting them, since other
+    threads have no mask. A process that is started in the block begins with the signals masked,
+    for should it die before it has read what to do, the one that writes to it would wait."""
     came = []
     handlers = {n: signal.signal(n, lambda n, _: came.append(n)) for n in run.STOP_SIGNALS}
     resource_tracker.ensure_running()  # which unblocks them, when it begins
@@ -87,7 +88,7 @@ def begin_service(target: Callable, *arguments) -> None:
 
 
 def start(serve: dict[str, Callable], left_out: dict[str, str]) -> None:
-    """Wait until all have begun; those that cannot go from `serve` to `left_out`, with the reason."""
+    """Wait until all have begun. Those that cannot go from `serve` to `left_out`, with reasons."""
     for name in list(serve):
         try:
             serve[name]()
@@ -96,12 +97,12 @@ def start(serve: dict[str, Callable], left_out: dict[str, str]) -> None:
             del serve[name]
 
 
-def take_turns(serve: dict[str, Callable], turns: int, bar) -> dict[str, list[dict]]:
+def take_turns(serve: dict[str, Callable], turns: int, bar, *question) -> dict[str, list]:
     """Ask each in turn, each order and then its reverse. Returns name -> answers [turns]."""
     answers = {name: [] for name in serve}
     for turn in range(turns):
         for name in serve if turn % 2 == 0 else reversed(serve):
-            answers[name].append(serve[name](True))
+            answers[name].append(serve[name](*question or (True,)))
             bar.update()
     return answers
 
@@ -163,5 +164,6 @@ def run_script(main: Callable, config: type, name: str) -> None:
     """`python -m benchmarks.NAME`: what the user can mend ends in one line."""
     try:
         main(tyro.cli(config, prog=f"python -m benchmarks.{name}"))
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -267,8 +267,8 @@ def check_losses(answers: dict[str, list[dict]]) -> None:
     losses = {name: found[-1]["losses"] for name, found in answers.items()}
     expected = next(iter(losses.values()))
     for name, points in losses.items():
-        # Bit for bit where it can be. Compiled code and GPUs add in another order: what that changes
-        # grows from step to step, so only the first point tells whether the work is the same.
+        # Bit for bit where it can be. Compiled code and GPUs add in another order, and what that
+        # changes grows from step to step: only the first point tells whether the work is the same.
         exact = not ARMS[name].compile and not torch.cuda.is_available()
         tolerance, count = (0, None) if exact else (1e-2, 1)
         same = np.allclose(points[:count], expected[:count], rtol=tolerance, atol=0)
