@@ -144,6 +144,20 @@ def test_tables_grow_and_are_no_parameters(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("norm_first", [True, False])
+def test_a_future_token_cannot_change_the_past(kind, norm_first):
+    model = tiny_model(positional=kind, norm_first=norm_first).eval()
+    source, target = random_ids(3, 9), random_ids(3, 12, seed=1)
+    before = model(source, target)
+    for position in range(1, 12):
+        changed = target.clone()
+        changed[:, position] = (changed[:, position] + 1) % 50
+        after = model(source, changed)
+        assert torch.equal(before[:, :position], after[:, :position])
+        assert not close(before[:, position:], after[:, position:], 1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("norm_first", [True, False])
 def test_padding_cannot_change_a_sentence(kind, norm_first):
     model = tiny_model(positional=kind, norm_first=norm_first).eval()
     source, target = random_ids(1, 6), random_ids(1, 5, seed=1)
@@ -676,9 +690,13 @@ def test_attention_weights_are_those_of_nn_transformer():
     for layer in reference.decoder.layers:
         layer.multihead_attn.register_forward_hook(keep, with_kwargs=True)
     torch_hidden(reference.eval(), model, source, labels)
-    weights = cross_attention_weights(model, source, labels).transpose(2, 3)  # [L, B, T, H, S]
+    weights = cross_attention_weights(model, source, labels)
+    assert weights.shape == (2, 3, 4, 6, 9)
+    assert close(weights.sum(-1), torch.ones(2, 3, 4, 6))
+    assert (weights[:, source[:, None, None, :].expand(3, 4, 6, 9) == 0] == 0).all()
+    weights, expected = (w.transpose(2, 3) for w in (weights, torch.stack(expected)))
     real = labels != 0
-    assert close(weights[:, real], torch.stack(expected).transpose(2, 3)[:, real])
+    assert close(weights[:, real], expected[:, real])  # [L, N, H, S]
 
 
 # ---- work not done ----------------------------------------------------------------------------

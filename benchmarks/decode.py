@@ -200,7 +200,7 @@ def compare(serve: dict[str, Callable], size: int, beam: int, config: DecodeBenc
         outputs[name], first[name] = ask(size, beam, 0)
         bar.update()
     passes = math.ceil(0.5 / first["ours"])  # a stall weighs less in a longer turn
-    seconds = take_turns(serve, config.turns, bar, size, beam, passes)
+    seconds = take_turns(serve, config.turns, bar, (size, beam, passes))
     ours = outputs["ours"]
     tokens = sum(min(len(row) + 1, config.max_new_tokens) for row in ours)  # with eos
     rows = []

@@ -97,12 +97,14 @@ def start(serve: dict[str, Callable], left_out: dict[str, str]) -> None:
             del serve[name]
 
 
-def take_turns(serve: dict[str, Callable], turns: int, bar, *question) -> dict[str, list]:
+def take_turns(
+    serve: dict[str, Callable], turns: int, bar, question: tuple = (True,)
+) -> dict[str, list]:
     """Ask each in turn, each order and then its reverse. Returns name -> answers [turns]."""
     answers = {name: [] for name in serve}
     for turn in range(turns):
         for name in serve if turn % 2 == 0 else reversed(serve):
-            answers[name].append(serve[name](*question or (True,)))
+            answers[name].append(serve[name](*question))
             bar.update()
     return answers
 
