@@ -242,11 +242,6 @@ def parse_command_line(arguments: list[str]):
 if __name__ == "__main__" and HELP & set(sys.argv) and sys.argv[1] != "bench":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it in silence
     parse_command_line(sys.argv[1:])  # answers and exits, before torch takes seconds to load
-# CTranslate2 shares torch's OpenMP, which reads this when it is loaded: its threads must not fall
-# asleep between two operations of the engine.
-FOLDERS = (word.removeprefix("--model=") for word in sys.argv[1:])
-if __name__ == "__main__" and any(os.path.isfile(f"{name}/model.bin") for name in FOLDERS):
-    os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE")
 # Memory in large pages, for which torch asks Linux if told so before it starts: steps on a CPU take
 # a few per cent less.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

@@ -452,9 +452,11 @@ def test_positions_unknown_to_transformers_are_refused():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("norm_first", [True, False])
 @pytest.mark.parametrize("tied", [True, False])
-def test_ctranslate2_translates_alike(kind, norm_first, tied, tmp_path):
-    """Greedy token by token, with random weights, in which every sentence is in doubt."""
+def test_ctranslate2_translates_alike(kind, norm_first, tied, tmp_path, monkeypatch):
+    """Greedy token by token, with random weights, in which every sentence is in doubt; a batch in
+    three parts."""
     pytest.importorskip("ctranslate2")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     changes = {"tie_embeddings": tied, "activation": "relu" if tied else "relu2"}
     model = tiny_model(positional=kind, norm_first=norm_first, **changes).eval()
     translate.to_ctranslate2(model, numbered_tokenizer(50), tmp_path)

@@ -86,8 +86,7 @@ class Numbered:
 Decoder = Callable[[list[list[int]], int], list[list[int]]]
 
 
-def load_ours(model, tokenizer, limit: int, threads: int) -> Decoder:
-    torch.set_num_threads(threads)
+def load_ours(model, tokenizer, limit: int) -> Decoder:
     device, config = next(model.parameters()).device, model.config
 
     def decode(rows: list[list[int]], beam: int) -> list[list[int]]:
@@ -102,11 +101,10 @@ def load_ours(model, tokenizer, limit: int, threads: int) -> Decoder:
     return decode
 
 
-def load_transformers(model, tokenizer, limit: int, threads: int) -> Decoder:
+def load_transformers(model, tokenizer, limit: int) -> Decoder:
     """`generate`, with its cache, of the exported model."""
     import transformers
 
-    torch.set_num_threads(threads)
     transformers.logging.set_verbosity_error()
     device, config = next(model.parameters()).device, model.config
     exported = translate.to_transformers(model).to(device)
@@ -127,14 +125,11 @@ def load_transformers(model, tokenizer, limit: int, threads: int) -> Decoder:
     return decode
 
 
-def load_ctranslate2(
-    model, tokenizer, limit: int, threads: int, quantization: str | None = None
-) -> Decoder:
+def load_ctranslate2(model, tokenizer, limit: int, quantization: str | None = None) -> Decoder:
     """CTranslate2, through our export."""
     device = next(model.parameters()).device.type
     with tempfile.TemporaryDirectory() as folder:
         translate.to_ctranslate2(model, tokenizer, Path(folder), quantization)
-        torch.set_num_threads(threads)  # of the engine too; nothing of torch computes from here on
         engine = translate.Engine(Path(folder), model.config, tokenizer, device)
 
     def decode(rows: list[list[int]], beam: int) -> list[list[int]]:
@@ -160,13 +155,10 @@ def without_ends(row: list[int], config) -> list[int]:
 def serve_library(name: str, config: DecodeBench, pipe) -> None:
     """A library in this process, which is its own: says None once loaded, then answers (batch size,
     beam size, passes). No passes: the first run, (outputs, seconds). Else: seconds of a pass."""
-    device, threads = translate.choose_device(config.device), torch.get_num_threads()
-    # CTranslate2 ends up with torch's OpenMP. Had torch started threads of its own, all together
-    # would count as too many for the cores and fall asleep after every operation.
-    torch.set_num_threads(1)
+    device = translate.choose_device(config.device)
     try:
         model, tokenizer, sentences = reference_case(config, device)
-        library = LIBRARIES[name](model, tokenizer, config.max_new_tokens, threads)
+        library = LIBRARIES[name](model, tokenizer, config.max_new_tokens)
         library(sentences[:1], 1)  # CTranslate2 asks for CUDA's libraries only now
     except (InputError, RuntimeError) as error:
         pipe.send(InputError(data.one_line(error)))
