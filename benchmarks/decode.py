@@ -2,7 +2,6 @@
 same weights.
 
     python -m benchmarks.decode --model runs/NAME --json benchmarks/decode-demo.json
-    python -m benchmarks.decode --size tutorial --json benchmarks/decode-tutorial.json
 
 Every library is a process of its own. They take turns, and none is timed before its output is
 compared. CTranslate2 takes part where it is installed.

@@ -11,7 +11,7 @@ the validation pairs in a quarter of the time (README.md has the figures), by
     python -m benchmarks.quality --dataset rosts.en-ro.tsv tatoeba.en-ro.tsv \\
         --peers pegasus --learning-rates 1e-3 2e-3 4e-3 --max-epochs 4
 
-Marian's rate was the best of four with ReLU, and is kept. With our weight decay it learns less.
+Marian's rate was the best of four with ReLU, and is kept.
 `--texts FOLDER` trains nothing and writes the pairs for other tools, such as JoeyNMT.
 """
 
