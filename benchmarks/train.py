@@ -58,8 +58,8 @@ class TrainBench:
     max_length: int = 128  # tokens per sentence; longer pairs are dropped
     size: Literal["demo", "wide", "tutorial", "widest"] = "tutorial"  # of the model
     batch_tokens: int | None = None  # per batch and side; None: 2048, on a GPU 25000
-    steps: int = 4  # different batches in a turn
-    turns: int = 7  # timed turns of every trainee
+    steps: int = 2  # different batches in a turn
+    turns: int = 5  # timed turns of every trainee
     compile: bool = False  # also ours with torch.compile
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to train
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # arithmetic
