@@ -463,7 +463,10 @@ def test_ctranslate2_translates_alike(kind, norm_first, tied, tmp_path, monkeypa
     engine = translate.Engine(tmp_path, model.config, numbered_tokenizer(50), "cpu")
     source = torch.cat([ragged(8, 12, seed=seed) for seed in range(4)])
     source = source[source.ne(0).sum(1) > 1]  # a source that is eos alone it does not translate
+    translator = engine.translator = Mock(wraps=engine.translator)
     found = engine.decode(without_pads(source), 1, 1.0, 1, False)
+    most = translator.translate_batch.call_args.kwargs["max_batch_size"]
+    assert len(source) / 3 <= most < len(source) / 2 and engine.parts == 3
     expected = without_pads(greedy_decode(model, source))
     assert [best.tokens for (best,) in found] == expected
     assert len({tuple(row) for row in expected}) > 4

@@ -316,8 +316,8 @@ class Engine:
         self.tokens = tokenizer.convert_ids_to_tokens(range(config.vocab_size))
         self.ids = {token: i for i, token in enumerate(self.tokens)}
         device = device if device == "cuda" else "cpu"  # it knows no other
-        # A thread per part of a batch. Threads that share a product would wait for each other after
-        # every operation: ten times as long for small models.
+        # A thread per part of a batch, so that a single sentence has one core. Threads that share
+        # each product would wait for each other after every operation, longer than they compute.
         self.parts = torch.get_num_threads() if device == "cpu" else 1
         threads = {"inter_threads": self.parts, "intra_threads": 1}
         try:

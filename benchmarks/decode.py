@@ -2,6 +2,7 @@
 same weights.
 
     python -m benchmarks.decode --model runs/NAME --json benchmarks/decode-demo.json
+    python -m benchmarks.decode --size tutorial --batch 32 --beam 4    (as on the H200)
 
 Every library is a process of its own. They take turns, and none is timed before its output is
 compared. CTranslate2 takes part where it is installed.
