@@ -304,7 +304,8 @@ def score(hypotheses: list[str], references: list[str]) -> dict:
 class Engine:
     """A folder exported for CTranslate2, in the place of a model.
 
-    Attributes: config: that of the model it was made of. precision: such as int8_float32.
+    Attributes: config: that of the model it was made of. precision: such as int8_float32. parts: of
+    a batch, which are translated at the same time.
     """
 
     def __init__(self, folder: Path, config: Seq2SeqConfig, tokenizer, device: str):
