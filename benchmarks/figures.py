@@ -38,7 +38,8 @@ def draw_bench(report: dict, path: Path) -> None:
     ]
     items = [row for row in rows if row["size"] == middle]
     items.sort(key=lambda row: list(ARMS).index(row["arm"]), reverse=True)
-    raw = {row["size"]: row["ms"] for row in report["rows"] if row["arm"] == "raw"}
+    # Of the group that has all sizes, which comes first.
+    raw = {row["size"]: row["ms"] for row in reversed(report["rows"]) if row["arm"] == "raw"}
     figure = Figure(figsize=(12, 1.6 + 0.34 * max(len(items), 8)), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     colours = {"raw": "tab:blue", "adapter": "tab:orange", "autolog": "tab:green"}

@@ -424,6 +424,8 @@ def main(arguments: list[str]) -> int:
             case = (settings[size], prepared, config.device)
             with serving(serve_arm, {name: (ARMS[name], *case) for name in group}) as serve:
                 start(serve, report["left_out"])
+                if len(serve) == 1 < len(group):
+                    continue  # nothing to compare it with
                 warm_up = take_turns(serve, 1, bar)  # whose losses must agree
                 check_losses(warm_up)
                 timed = take_turns(serve, turns, bar)

@@ -211,6 +211,8 @@ def main(config: QualityBench) -> dict:
         metrics = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
         prepared = run.prepare_data(settings)
         pairs = prepared.validation_pairs if config.learning_rates else prepared.test_pairs
+        report |= {"seed": config.seed, "training_pairs": len(prepared.train)}
+        report["scored_pairs"] = len(pairs)
         sources, references = [pair.source for pair in pairs], [pair.target for pair in pairs]
         translator = translate.load_translator(str(output), beam=BEAM)
         hypotheses = {"ours": translator.translate(sources)}
