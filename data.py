@@ -1,10 +1,10 @@
 """Pairs of sentences: reading, cleaning, tokenizer, split, batches.
 
-In reading order, which is also the way of the data:
+In reading order, which is also the order of the pipeline:
 
     read_pairs     a hub data set, .tsv .csv .jsonl .json .parquet files, two line-aligned text
                    files, or the built-in phrasebook    -> Pair(source, target)
-    clean          drops what teaches nothing, and counts it
+    clean          drops unusable pairs and counts them
     load_tokenizer, train_tokenizer, hold_out, encode   -> (pair, source ids, target ids)
     PairDataset, BucketBatchSampler, pad_batch          -> DataLoader of (input_ids, labels)
 
@@ -53,21 +53,23 @@ class Pair(NamedTuple):
 
 
 class InputError(Exception):
-    """The user gave something that cannot be used. The message is one line and says what to do."""
+    """Invalid input from the user. The message is one line and says what to do."""
 
 
 def one_line(error: BaseException, limit: int | None = 200) -> str:
-    """The message of an error, or else its name, on one line of at most `limit` characters."""
+    """The message of an error, or its class name if it has none, on one line of at most `limit`
+    characters."""
     return " ".join(str(error).split())[:limit] or type(error).__name__
 
 
 def require(holds: bool, message: str) -> None:
+    """Raise InputError unless the condition holds."""
     if not holds:
         raise InputError(message)
 
 
 def is_first_process() -> bool:
-    """Whether this is the only process, or the one of torchrun's that speaks."""
+    """Whether this is the only process, or torchrun's rank 0, which prints and writes."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -77,7 +79,7 @@ def note(text: str) -> None:
 
 
 class LogLines:
-    """In the place of stderr: a progress bar that is drawn again becomes another line."""
+    """Stands in for stderr: each redraw of a progress bar becomes a new line."""
 
     def write(self, text: str) -> None:
         if text := text.strip():
@@ -104,26 +106,27 @@ LANGUAGES = {
     "ro": ("ro", "ron", "rum", "mo", "mol", "romanian", "română", "romana"),
 }
 
-# Romanian is written with comma below; older text has the cedilla of Turkish, which looks alike.
+# Romanian is written with comma below; older text often has the similar Turkish letters with
+# cedilla.
 _COMMA_BELOW = str.maketrans("şţŞŢ", "șțȘȚ")
 
-# Characters that nobody sees: soft hyphen and zero-width space (where a line may break), byte-order
-# mark and word joiner (where it may not), direction marks, joiner and non-joiner. They change how
-# Arabic, Hebrew or Indic scripts look, and nothing in Latin script; the joiner stays after a
-# symbol, where it makes one emoji of two.
+# Invisible characters: soft hyphen and zero-width space (where a line may break), byte-order mark
+# and word joiner (where it may not), direction marks, joiner and non-joiner. They matter in Arabic,
+# Hebrew or Indic scripts, but not in Latin script. A joiner after a symbol is kept, since it
+# combines emoji.
 _INVISIBLE = re.compile(
     "[\u00ad\u061c\u180e\u200b\u200c\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufeff]"
     "|(?<![\u2600-\u27bf\ufe0f\U0001f000-\U0001faff])\u200d"
 )
 
-# Lone surrogates, which JSON can spell and no encoding can write.
+# Lone surrogates, which JSON can express and UTF-8 cannot.
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @lru_cache
 def language_code(name: str) -> str:
-    """ "ro" for ro, RO, ron, ro-RO, ron_Latn, Romanian; a language that is not in `LANGUAGES` keeps
-    its name, in lower case."""
+    """The code of a language: "ro" for ro, RO, ron, ro-RO, ron_Latn, Romanian. One that is not in
+    `LANGUAGES` keeps its name, in lower case."""
     name = name.strip().lower()
     for code, spellings in LANGUAGES.items():
         if re.split("[-_]", name)[0] in spellings:
@@ -134,7 +137,7 @@ def language_code(name: str) -> str:
 def normalize(text: str, language: str) -> str:
     """NFC and single spaces. English and Romanian also lose invisible characters, and Romanian gets
     comma-below ș ț. `language`: any spelling."""
-    if text.isascii():  # which most English is: four times as fast
+    if text.isascii():  # like most English: four times as fast
         return " ".join(text.split())
     code = language_code(language)
     if code in LANGUAGES:
@@ -147,7 +150,7 @@ def normalize(text: str, language: str) -> str:
 
 
 class Table(NamedTuple):
-    """A file or a hub data set while it is read."""
+    """An open file or hub data set."""
 
     label: str  # for messages
     rows: Iterator[tuple[str, list]]  # (place, fields)
@@ -160,8 +163,8 @@ def read_lines(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def decode_lines(file: Iterable[bytes], name: str) -> Iterator[tuple[str, str]]:
-    """(place, line without its end) of UTF-8 lines, split at line feeds alone. Raises InputError
-    with the line's number."""
+    """(place, line without its end) of UTF-8 lines, split at line feeds only. Raises InputError
+    with the line number."""
     for number, raw in enumerate(file, 1):
         place = f"{name}:{number}"
         try:
@@ -177,11 +180,11 @@ def decode_lines(file: Iterable[bytes], name: str) -> Iterator[tuple[str, str]]:
 def _aligned_table(paths: list[Path], languages: tuple[str, str]) -> Table:
     """Line n of one file is the translation of line n of the other; endings may name languages."""
     label, names = " ".join(map(str, paths)), [path.suffix[1:] for path in paths]
-    require(paths[0] != paths[1], f"{label}: one file twice; give the other side's as well")
+    require(paths[0] != paths[1], f"{label}: the same file twice; give one file per language")
     if _find_columns(names, languages) == (1, 0):
         raise InputError(
             f"{label}: the source language is {languages[0]}, but the endings say {names[0]} to "
-            f"{names[1]}; name the source file first, or give the languages the other way round"
+            f"{names[1]}; name the source file first, or swap --source-lang and --target-lang"
         )
 
     def rows() -> Iterator[tuple[str, list]]:
@@ -196,7 +199,7 @@ def _aligned_table(paths: list[Path], languages: tuple[str, str]) -> Table:
 
 
 def _import_datasets():
-    """Hugging Face's `datasets`, silent: what it reports it also raises."""
+    """Hugging Face's `datasets`, without its log output, which repeats its exceptions."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -205,8 +208,8 @@ def _import_datasets():
 
 
 def _csv_records(path: Path, delimiter: str) -> Iterator[tuple[str, list[str]]]:
-    """(place, fields). Raises InputError, also for quotes that do not match, which would make one
-    field of many lines."""
+    """(place, fields). Raises InputError, also for an unmatched quote, which would join many lines
+    into one field."""
     lines = (f"{line}\n" for _, line in read_lines(path))
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     try:
@@ -218,8 +221,8 @@ def _csv_records(path: Path, delimiter: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def _csv_delimiter(path: Path) -> str:
-    """What splits the first records into equally many fields: a comma, else a semicolon (Excel's,
-    where the comma is the decimal point), else a tab."""
+    """The delimiter that gives the first records the same number of fields: a comma, else a
+    semicolon (Excel's, where the comma is the decimal point), else a tab."""
     for delimiter in ",;\t":
         with contextlib.suppress(InputError):
             records = islice(_csv_records(path, delimiter), 100)
@@ -241,10 +244,10 @@ def _file_table(path: Path) -> Table:
         return Table(str(path), ((place, line.split("\t")) for place, line in read_lines(path)))
     if kind == "csv":
         return Table(str(path), _csv_records(path, _csv_delimiter(path)))
-    if kind == "json":  # checked here, because errors of `datasets` tell no line
+    if kind == "json":  # checked here, because `datasets` reports no line numbers
         for _ in read_lines(path):
             pass
-    # Streams leave no cache.
+    # Streaming writes no cache.
     options = {"split": "train", "data_files": str(path), "streaming": True}
     return _datasets_table(str(path), lambda: _import_datasets().load_dataset(kind, **options))
 
@@ -262,7 +265,7 @@ def _datasets_table(label: str, load: Callable) -> Table:
                     yield nested if isinstance(nested, dict) else record
         except InputError:
             raise
-        except Exception as error:  # noqa: BLE001 - of many kinds, others in every version
+        except Exception as error:  # noqa: BLE001 - of many types, which differ between versions
             raise InputError(f"{label}: not readable: {one_line(error)}") from None
 
     found = records()
@@ -275,9 +278,9 @@ def _datasets_table(label: str, load: Callable) -> Table:
 def hub_reachable() -> bool:
     """Whether the Hugging Face hub answers. Asked before anything that would retry for minutes.
 
-    Where it does not, HF_HUB_OFFLINE is set for the process, so that what is cached loads and all
-    else fails at once. The libraries read that variable when they are imported, hence our late
-    imports: a program that has imported them before keeps their retries.
+    If not, HF_HUB_OFFLINE is set for the process, so that cached files load and everything else
+    fails at once. The libraries read that variable when they are imported, hence our late imports.
+    If they were imported earlier, they keep retrying.
     """
     import requests
 
@@ -304,7 +307,7 @@ def _hub_dataset(name: str, subset: str | None, split: str | None):
     online = hub_reachable()
     try:
         return _import_datasets().load_dataset(name, subset, split=split)
-    except Exception as error:  # noqa: BLE001 - of many kinds, others in every version
+    except Exception as error:  # noqa: BLE001 - of many types, which differ between versions
         what = "data set " + "/".join(filter(None, (name, subset, split)))
         advice = "check the name, connect once, or give a file: --dataset pairs.tsv"
         raise _cannot_load(what, error, online, advice) from None
@@ -316,7 +319,7 @@ def has_split(name: str, subset: str | None, split: str) -> bool:
 
 
 def is_on_hub(names: list[str]) -> bool:
-    """Whether `read_pairs` takes it for the name of a hub data set."""
+    """Whether `read_pairs` treats `names` as the name of a hub data set."""
     (name, *others) = names
     path = Path(name).expanduser()
     is_file = bool(others) or path.suffix.lower() in FORMATS or path.exists()
@@ -353,7 +356,7 @@ def _find_columns(names: list[str], languages: tuple[str, str]) -> tuple[int, in
     for sides in (wanted, [["source", "src"], ["target", "tgt", "trg"]]):
         found = [[i for i, code in enumerate(codes) if code in side] for side in sides]
         if all(found) and found[0] != found[1]:
-            # Of several the one that is the language's alone: "en" or "english", not "en_id".
+            # Prefer the exact name of the language: "en" or "english", not "en_id".
             spellings = {*chain(*LANGUAGES.values())}
             order = [(name.lower() not in spellings, len(name)) for name in names]
             source, target = (min(side, key=order.__getitem__) for side in found)
@@ -366,7 +369,7 @@ def _choose_columns(
 ) -> tuple[int, int, bool]:
     """(source column, target column, whether the row `first` is a header).
 
-    Raises InputError where nothing says which columns to take.
+    Raises InputError if it is unclear which columns to take.
     """
     names = [str(name).strip() for name in (first if table.names is None else table.names)]
     listed = ", ".join(" ".join(name.split())[:40] for name in names[:10]) or "none"
@@ -382,12 +385,12 @@ def _choose_columns(
         require(found[0] != found[1], f"{table.label}: --columns names one column twice")
         is_header = is_header or (table.names is None and not set(columns) <= positions.keys())
         if table.names is None and not is_header:
-            note(f"{table.label}: line 1 is read as a pair; columns given by name make it a header")
+            note(f"{table.label}: line 1 is read as a pair; for a header, give --columns by name")
     elif is_header:
         source, target = (names[i] for i in found)
         note(f"{table.label}: line 1 is a header; source is {source!r}, target is {target!r}")
     elif found is None:
-        # The name of one language that is known or asked for: a header of other languages.
+        # A known or requested language in line 1: a header, but of other languages.
         known = {*LANGUAGES, *map(language_code, languages)}
         named = table.names is not None or any(language_code(name) in known for name in names)
         if named or len(names) != 2:
@@ -404,8 +407,8 @@ def _choose_columns(
         by_name = columns is None or name in columns
         require(
             not by_name or names.count(name) == 1,
-            f"{table.label}: several columns are called {name!r}, and one is taken; pick two by "
-            "number, such as --columns 1 2",
+            f"{table.label}: several columns are called {name!r}; pick two by number, such as "
+            "--columns 1 2",
         )
     return *found, is_header
 
@@ -426,14 +429,14 @@ def read_pairs(
         subset, split: of a hub data set.
         languages: of source and target, in any spelling; they decide how text is normalised, and
             find the columns by their names.
-        columns: the columns of source and target instead, by name or by number from 1. By number,
-            a header that names no known language is read as a pair.
+        columns: the columns of source and target instead, by name or by number from 1. With
+            numbers, a header without known languages is read as a pair.
 
     Raises InputError, for text files with file and line.
     """
     for language in languages:
         if language_code(language) not in LANGUAGES:
-            note(f"no rules are known for the language {language!r}: its text gets NFC alone")
+            note(f"no rules are known for the language {language!r}: its text gets only NFC")
     names = [dataset] if isinstance(dataset, str) else list(dataset)
     for table in _open_tables(names, subset, split, languages):
         first = next(table.rows, None)
@@ -449,7 +452,7 @@ def read_pairs(
             texts = ["" if text is None else text for text in texts]
             for text in texts:
                 if isinstance(text, list):
-                    raise InputError(f"{place}: several texts, where only one is taken; keep one")
+                    raise InputError(f"{place}: expected one text, found a list; keep one of them")
                 if not isinstance(text, str) or SURROGATE.search(text):
                     raise InputError(f"{place}: expected text, found {text!r:.40}")
             yield Pair(*map(normalize, texts, languages))
@@ -459,18 +462,17 @@ def read_pairs(
 
 
 def text_key(text: str) -> str:
-    """What is left of a text for somebody who ignores case and punctuation."""
+    """The text without case and punctuation, for comparisons."""
     return " ".join(re.findall(r"\w+", text.casefold())) or text
 
 
 def clean(
     pairs: Iterable[Pair], dropped: Counter, held_out: set[str] = frozenset()
 ) -> Iterator[Pair]:
-    """Pairs that can teach something; the others are counted in `dropped` by reason.
+    """Usable pairs; the others are counted in `dropped` by reason.
 
-    Dropped: a side is empty; the very same pair came before; its source is held out (`text_key`s of
-    validation and test); one side is over three times as long as the other (in characters, with 20
-    to spare for short sentences).
+    Dropped: a side is empty; exact duplicates; the source is held out (`text_key`s of validation
+    and test); one side is longer than three times the other plus 20 characters.
     """
     seen = set()
     for pair in pairs:
@@ -489,7 +491,7 @@ def clean(
 
 
 def describe_dropped(dropped: dict[str, int]) -> str:
-    """ " (dropped: 3 duplicate, 1 empty)", or nothing where nothing was."""
+    """Text such as " (dropped: 3 duplicate, 1 empty)"; empty if nothing was dropped."""
     reasons = [f"{count:,} {reason}" for reason, count in dropped.items() if count]
     return f" (dropped: {', '.join(reasons)})" if reasons else ""
 
@@ -498,43 +500,43 @@ def describe_dropped(dropped: dict[str, int]) -> str:
 
 
 def load_tokenizer(name: str):
-    """A Hugging Face tokenizer by hub name or folder, with a pad and an eos of its own.
+    """A Hugging Face tokenizer by hub name or folder, with distinct pad and eos tokens.
 
-    Ids are what the model sees, and pad also starts the decoder, so pad and eos must exist and
-    differ. A missing one is added (GPT-2 has no pad, BERT no eos).
+    Pad also starts the decoder, so both must exist and differ. A missing one is added (GPT-2 has no
+    pad, BERT no eos).
     """
     folder = Path(name).expanduser()
     if folder.is_file() or (not folder.is_dir() and name.startswith((".", "/", "~"))):
-        raise InputError(f"tokenizer {name} is no folder that a tokenizer was saved in")
+        raise InputError(f"tokenizer {name} is not the folder of a tokenizer")
     online = folder.is_dir() or hub_reachable()
     from transformers import AutoTokenizer
 
     try:
-        with warnings.catch_warnings():  # 4.41 warns of what the newest hub deprecates
+        with warnings.catch_warnings():  # 4.41 calls what newer huggingface_hub deprecates
             warnings.simplefilter("ignore", FutureWarning)
-            # Said, and not left out: asked for code, it would wait for an answer on stdin.
+            # Explicit, because by default it asks on stdin whether to run a repository's code.
             tokenizer = AutoTokenizer.from_pretrained(
                 str(folder) if folder.is_dir() else name,
                 local_files_only=not online,
                 trust_remote_code=False,
             )
-    except Exception as error:  # noqa: BLE001 - of many kinds, others in every version
+    except Exception as error:  # noqa: BLE001 - of many types, which differ between versions
         if folder.is_dir():  # of a model, where no other would do
             reason = one_line(error)
-            raise InputError(f"{name} is no model folder, nor a tokenizer's: {reason}") from None
+            raise InputError(f"{name} holds neither a model nor a tokenizer: {reason}") from None
         advice = "give another name, the folder of a tokenizer, or train one: train:8000"
         raise _cannot_load(f"tokenizer {name}", error, online, advice) from None
     if tokenizer.eos_token_id is None:
         tokenizer.add_special_tokens({"eos_token": "</s>"})
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
-    # Otherwise the limit of the model it came with, which is not ours.
+    # Without the length limit of the model that it came with.
     tokenizer.model_max_length = int(1e30)
     return _plain_text(tokenizer)
 
 
 def _plain_text(tokenizer):
-    """The tokenizer, told that "</s>" in a text is four characters and no end."""
+    """Make the tokenizer read "</s>" in a text as plain characters."""
     tokenizer.split_special_tokens = True  # where transformers 5 looks
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.encode_special_tokens = True  # and 4
@@ -574,7 +576,7 @@ def encode_texts(texts: list[str], tokenizer) -> list[list[int]]:
     if not texts:
         return []
     if tokenizer.is_fast:
-        # Past the wrapper, which takes as long again; without offsets where that can be said.
+        # Bypasses the wrapper, which doubles the time; `encode_batch_fast` skips offsets.
         backend = tokenizer.backend_tokenizer
         backend.no_truncation()
         backend.no_padding()
@@ -587,7 +589,7 @@ def encode_texts(texts: list[str], tokenizer) -> list[list[int]]:
 
 def decode_ids(ids: list[list[int]], tokenizer, language: str) -> list[str]:
     """One line of normalised text per row of ids."""
-    # Clean-up would move spaces around punctuation, which training never saw.
+    # Clean-up would change spaces around punctuation, unlike in training.
     texts = tokenizer.batch_decode(
         ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
@@ -595,9 +597,9 @@ def decode_ids(ids: list[list[int]], tokenizer, language: str) -> list[str]:
 
 
 def round_trip_loss(texts: list[str], tokenizer, language: str, sample: int = 5000) -> float:
-    """Share of the texts that encoding and decoding changes, of `sample` of them.
+    """Share of the texts, of `sample` of them, that encoding and decoding changes.
 
-    It sees what a share of `<unk>` does not: a vocabulary without `<unk>` leaves letters out.
+    Unlike a count of `<unk>`, it notices vocabularies that drop letters silently.
     """
     texts = random.Random(0).sample(texts, min(sample, len(texts)))
     decoded = decode_ids(encode_texts(texts, tokenizer), tokenizer, language)
@@ -610,12 +612,12 @@ def round_trip_loss(texts: list[str], tokenizer, language: str, sample: int = 50
 def hold_out(
     items: Sequence, keys: Iterable[Hashable], size: float, seed: int = 0
 ) -> tuple[list, list]:
-    """Items that stay and items held out, both in order; no key stands on both sides.
+    """Split into (rest, held out), both in order; no key is in both.
 
-    A random split would leak: a source sentence with two translations would stand on both sides.
+    A random split would leak: a source sentence with two translations could be in both parts.
 
     Args: keys: one per item. size: share of the distinct keys (below 1) or their number. Raises
-    InputError where that leaves either side empty.
+    InputError if either part would be empty.
     """
     from sklearn.model_selection import GroupShuffleSplit
 
@@ -664,7 +666,7 @@ def encode(
 ) -> Iterator[tuple[Pair, list[int], list[int]]]:
     """(pair, source ids, target ids) of the pairs that have at most `max_length` tokens a side.
 
-    Longer ones are dropped and counted, not cut: half a sentence is no translation of a whole one.
+    Longer ones are dropped and counted, not cut: half a sentence does not translate a whole one.
     """
     pairs = iter(pairs)
     while batch := list(islice(pairs, BATCH_ROWS)):
@@ -682,7 +684,7 @@ def encode(
 
 @dataclass(eq=False)
 class BucketBatchSampler(Sampler[list[int]]):
-    """Batches of rows of similar length, in an order that follows from (seed, epoch) alone.
+    """Batches of rows of similar length, in an order that depends only on (seed, epoch).
 
     A batch has `batch_size` rows, or with `batch_tokens` as many as fit: rows x the longest source
     and rows x the longest target are at most that, each rounded up to a `multiple` (a longer row
@@ -691,8 +693,8 @@ class BucketBatchSampler(Sampler[list[int]]):
     and the batches shuffled. `shuffle=False`: always the same batches in the same order.
 
     Of `world` processes, each takes every world-th batch, from its `rank` on. All take equally
-    many: where the batches run out, an empty one. With `batch_tokens` those taken together are
-    alike, so that none waits for another.
+    many; missing batches are empty. With `batch_tokens`, batches taken at the same time are of
+    similar size, so that no process waits.
     """
 
     source_lengths: np.ndarray  # [N]
@@ -704,7 +706,7 @@ class BucketBatchSampler(Sampler[list[int]]):
     world: int = 1
     batch_tokens: int | None = None
     multiple: int = 1
-    start: tuple[int, int] = (0, 0)  # epoch, and the batch with which it begins
+    start: tuple[int, int] = (0, 0)  # for resuming: an epoch, and its first batch
 
     def __post_init__(self) -> None:
         if not self.batch_size and not self.batch_tokens:
@@ -732,16 +734,16 @@ class BucketBatchSampler(Sampler[list[int]]):
         longest = np.ones(len(rows), int)
         if self.batch_tokens:
             longest = round_up(np.maximum(source, target), self.multiple)
-        # As many strata as a stratum has batches: pads of the two sides weigh the same.
+        # As many strata as a stratum has batches, which balances the pads of the two sides.
         strata = max(1, round(math.sqrt(longest.sum() / budget)))
         by_target = np.empty(len(rows), int)
         by_target[np.lexsort((source, target))] = np.arange(len(rows))
         stratum = by_target * strata // max(len(rows), 1)
-        # There and back, so that a batch over the border of two strata mixes few lengths.
+        # Alternating direction, so that a batch across two strata mixes similar lengths.
         by_source = np.where(stratum % 2, -source, source)
         order = np.lexsort((by_source, stratum))
-        # Cut by the longest of those alike in stratum and source length, among which the order is
-        # random: as many batches in every epoch, which schedules and Lightning count on.
+        # Rows equal in stratum and source length come in random order. Cut by the longest of them,
+        # so that every epoch has as many batches, as schedules and Lightning expect.
         place = np.stack([stratum, source])[:, order]  # [2, N]
         starts = np.ones(len(rows), bool)
         starts[1:] = (place[:, 1:] != place[:, :-1]).any(axis=0)
@@ -782,7 +784,7 @@ class BucketBatchSampler(Sampler[list[int]]):
         return 1.0 - lengths.sum() / padded
 
     def __iter__(self) -> Iterator[list[int]]:
-        # A generator, which looks at the epoch when it is first asked.
+        # A generator: it reads the epoch only when iteration starts.
         first = self.start[1] if self.epoch == self.start[0] else 0
         for index in range(first, len(self)):
             yield self.rows(index).tolist()
@@ -792,13 +794,13 @@ class BucketBatchSampler(Sampler[list[int]]):
 
 
 def round_up(length, multiple: int):
-    """A number, or an array of them."""
+    """`length`, a number or an array, rounded up to a `multiple`."""
     return -(-length // multiple) * multiple
 
 
 def pad_side(rows: Iterable[Tensor], pad_id: int = 0, multiple: int = 1) -> Tensor:
     """Id rows [T_i] -> [B, T] int64, padded on the right up to the longest row, whose length is
-    rounded up to a `multiple`, so that a compiler meets few shapes."""
+    rounded up to a `multiple`."""
     ids = pad_sequence(list(rows), batch_first=True, padding_value=pad_id)
     used = ids.ne(pad_id).any(dim=0).nonzero()  # columns that hold a token, [K, 1]
     width = round_up(int(used.max()) + 1, multiple)
@@ -809,7 +811,7 @@ def pad_batch(
     rows: list[tuple[Tensor, Tensor]], pad_id: int = 0, multiple: int = 1
 ) -> tuple[Tensor, Tensor]:
     """Rows (source [S_i], target [T_i]) -> (input_ids [B, S], labels [B, T]) int64."""
-    if not rows:  # what a process gets when the batches have run out: nothing to learn
+    if not rows:  # for a process that has run out of batches
         return torch.full((2, 1, 1), pad_id).unbind()
     sources, targets = zip(*rows)
     return pad_side(sources, pad_id, multiple), pad_side(targets, pad_id, multiple)
@@ -844,8 +846,8 @@ def load_dataset_and_tokenize(
 
     Returns: (input_ids [N, max_length], decoder_input_ids [N, max_length], tokenizer), int64,
     padded on the right. The second matrix holds the target sentences, each ending in eos: the
-    labels, which `seq2seq.shift_right` turns into what the decoder reads. N falls short of
-    num_samples only where the data does. Raises InputError.
+    labels, which `seq2seq.shift_right` turns into what the decoder reads. N is below num_samples
+    only if the data has fewer pairs. Raises InputError.
     """
     dropped = Counter()
     tokenizer = load_tokenizer(tokenizer)
@@ -870,7 +872,7 @@ def create_dataloaders(
 ) -> tuple[DataLoader, DataLoader]:
     """Training and validation loaders over padded matrices [N, max_length] of token ids.
 
-    Exact duplicate pairs are dropped, and no source sentence stands on both sides. A batch is
+    Exact duplicate pairs are dropped, and no source sentence is in both parts. A batch is
     (input_ids [B, S], labels [B, T]), trimmed to its longest row; an item of `.dataset` keeps its
     full width, which is what Modlee's callbacks read. For a new order in every epoch call
     `train.batch_sampler.set_epoch(epoch)` before it.
@@ -895,8 +897,8 @@ class PaddedPairs(TensorDataset):
 
 # ---- the built-in corpus -------------------------------------------------------------------------
 #
-# An invented phrasebook, by a grammar that builds an English sentence and its Romanian translation
-# side by side. It is no benchmark, but takes more than replacing words: adjectives after the noun,
+# Artificial sentences from a grammar that builds an English sentence and its Romanian translation
+# side by side. Not a benchmark, but harder than replacing words: adjectives after the noun,
 # agreement, the suffixed article and prepositions that drop it, verb persons, clitics (also
 # doubling a human object: "Îl văd pe profesor"), the dative of "a plăcea", numerals.
 

@@ -2,15 +2,15 @@
 
 Copy this file next to `seq2seq.py`, or use it alone: it needs torch and nothing else.
 
-Every kind is a module with the same two hooks, and a hook returns its input where a kind has no
-use for it. Both take the position of the first token (`offset`), so that a decoder with a
-key/value cache can pass one token at a time:
+Every kind is a module with the same two methods. A method that a kind does not need returns its
+input. Both take the position of the first token (`offset`), so that a decoder with a key/value
+cache can pass one token at a time:
 
     embed(x, offset)    added to token embeddings     x [B, T, D]     -> [B, T, D]
     rotate(x, offset)   applied to queries and keys   x [..., T, Dh]  -> [..., T, Dh]
 
-`POSITIONAL_KINDS` maps the name of a kind to its class. Computed tables are buffers, never
-parameters: they are not trained, not saved, and grow when a longer sequence comes.
+`POSITIONAL_KINDS` maps the name of a kind to its class. Computed tables are non-persistent buffers:
+not trained, not saved, and extended for longer sequences.
 """
 
 import torch
@@ -23,8 +23,8 @@ def sinusoidal_positional_encoding(max_length: int, d_model: int) -> Tensor:
         table[pos, 2i]     = sin(pos / 10000^(2i / d_model))
         table[pos, 2i + 1] = cos(pos / 10000^(2i / d_model))
 
-    An odd `d_model` ends on a sine. Computed in float64, because float32 angles lose digits at
-    late positions.
+    With an odd `d_model` the last column is a sine. Computed in float64, because float32 angles
+    lose digits at late positions.
 
     Returns: [max_length, d_model] float32. Raises ValueError for a size below 1.
     """
@@ -45,12 +45,12 @@ def _angles(max_length: int, width: int) -> Tensor:
 
 
 class NoPositionalEncoding(nn.Module):
-    """No positions, and the interface that the other kinds implement.
+    """No positional information. Also the base class of the other kinds.
 
-    An encoder without positions reads a bag of words. The decoder still knows the order, from its
+    An encoder without positions reads a bag of words. The decoder still sees the order, through its
     causal mask.
 
-    Args: max_length: positions to prepare for. d_model: width D. head_dim: width Dh of one head.
+    Args: max_length: size of the position table. d_model: width D. head_dim: width Dh of one head.
     """
 
     def __init__(self, max_length: int, d_model: int, head_dim: int):
@@ -66,7 +66,7 @@ class NoPositionalEncoding(nn.Module):
 
 
 class _TablePositionalEncoding(NoPositionalEncoding):
-    """A kind whose table is computed. Subclasses implement `make_table`."""
+    """Base of the kinds with a computed table. Subclasses implement `make_table`."""
 
     def __init__(self, max_length: int, d_model: int, head_dim: int):
         super().__init__(max_length, d_model, head_dim)
@@ -80,8 +80,8 @@ class _TablePositionalEncoding(NoPositionalEncoding):
     def rows(self, x: Tensor, offset: int) -> Tensor:
         """The rows of the table for x [..., T, C] at positions offset .. offset + T - 1."""
         end, length = offset + x.size(-2), len(self.table)
-        # The device differs where the model was built on "meta" and got its weights by
-        # `load_state_dict(weights, assign=True)`. `to_empty` would leave a table of anything.
+        # The device differs if the model was built on "meta" and got its weights by
+        # `load_state_dict(weights, assign=True)`. `to_empty` would leave the table uninitialised.
         if end > length or self.table.device != x.device:
             longer = length if end <= length else max(end, 2 * length)
             # A table made in inference mode could not be used in training afterwards.

@@ -5,8 +5,8 @@
     python run.py --preset small --dataset pairs.tsv  20,000 pairs of real sentences, 20 minutes
     python run.py --preset base                       WMT16, 610,000 pairs, on a GPU
     python run.py --loop raw                          the hand-written loop over the same model
-    python run.py --resume runs/NAME                  a run that was stopped or killed goes on
-    python run.py --init runs/NAME --dataset more.tsv a new run starts from these weights
+    python run.py --resume runs/NAME                  continue a run that was stopped or killed
+    python run.py --init runs/NAME --dataset more.tsv start a new run from these weights
     torchrun --nproc_per_node 2 run.py                on two devices, with either loop
     python run.py translate --model DIR               lines on stdin -> lines on stdout
     python run.py evaluate --model DIR                BLEU and chrF on what was held out
@@ -22,10 +22,10 @@ import os
 import signal
 import sys
 
-if __name__ == "__main__":  # until all is loaded, or imports would print a traceback on Ctrl-C
+if __name__ == "__main__":  # during the imports, so that Ctrl-C prints no traceback
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed by who started the program
+        if getattr(sys, name) is None:  # closed by the caller
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 import argparse
@@ -84,7 +84,7 @@ class TrainConfig:
     num_samples: int | None = None  # pairs to take after cleaning; None: all
     validation_size: float = 0.02  # source sentences held out: a share, or how many
     validation_set: tuple[str, ...] | None = None  # instead: files, or a split of the hub data set
-    test_size: float = 0.0  # held out likewise to score the model; 0: the validation pairs do
+    test_size: float = 0.0  # held out for the final score; 0: the validation pairs are scored
     test_set: tuple[str, ...] | None = None  # instead: files, or a split of the hub data set
     tokenizer: str = "train:800"  # train:N to learn N tokens, a hub name, or a folder
     max_length: int = 64  # tokens per sentence; longer pairs are dropped
@@ -102,12 +102,12 @@ class TrainConfig:
     loop: Literal["lightning", "raw"] = "lightning"  # training loop
     max_epochs: int = 2  # passes over the training pairs
     batch_size: int = 64  # pairs in a batch
-    batch_tokens: int | None = None  # instead: pairs x longest sentence, on either side
+    batch_tokens: int | None = None  # instead of batch_size: pairs x longest sentence
     accumulate: int = 1  # batches per optimizer step
     learning_rate: float = 3e-3  # peak learning rate of Adam
     weight_decay: float = 0.0  # of the matrices, by AdamW
     warmup: float = 0.1  # share of the steps in which the learning rate rises from zero
-    cooldown: float = 0.3  # share of the steps, the last ones, in which it falls to zero
+    cooldown: float = 0.3  # share of the steps, at the end, in which it falls to zero
     clip_norm: float = 1.0  # largest gradient norm; 0: no clipping
     label_smoothing: float = 0.0  # share of the probability spread over the vocabulary
     compile: bool = False  # torch.compile the model, for the raw loop
@@ -117,7 +117,7 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # arithmetic
     seed: int = 0  # of weights, split, order and dropout
     output: str | None = None  # model folder to create; None: a new one under runs/
-    checkpoint_every: float = 10.0  # minutes between checkpoints, one more at the end of a run
+    checkpoint_every: float = 10.0  # minutes between checkpoints, with one more at the end
     resume: str | None = None  # continue this run: its model folder or checkpoint folder
     init: str | None = None  # start from the weights and the tokenizer of this model folder
     modlee: bool = True  # record the run with Modlee, where it is installed
@@ -159,8 +159,8 @@ class DecodeConfig:
 
     model: str  # model folder, or one exported for CTranslate2
     beam: int = 1  # hypotheses kept per sentence; 1: greedy
-    length_penalty: float = 1.0  # a hypothesis' score is its sum / length ^ penalty
-    batch_tokens: int = 2048  # source tokens decoded together, pads and hypotheses counted
+    length_penalty: float = 1.0  # score = sum of log-probabilities / length ^ penalty
+    batch_tokens: int = 2048  # source tokens in a batch, pads and hypotheses counted
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to decode
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: half the memory
 
@@ -199,16 +199,20 @@ class ExportConfig:
     quantization: Literal["int8", "int8_float16", "int16", "float16", "bfloat16"] | None = None
 
 
-CONFIGS = {"train": TrainConfig, "translate": TranslateConfig, "evaluate": EvaluateConfig}
-CONFIGS |= {"export": ExportConfig}
+CONFIGS = {
+    "train": TrainConfig,
+    "translate": TranslateConfig,
+    "evaluate": EvaluateConfig,
+    "export": ExportConfig,
+}
 MODEL_SIZES = ("d_model", "nhead", "num_encoder_layers", "num_decoder_layers", "dim_feedforward")
 MODEL_SIZES += ("activation", "positional", "norm_first", "max_length")
 HELP = {"--help", "-h"}
 
 
 def parse_command_line(arguments: list[str]):
-    """(command, its settings). Flags win over the preset, or the run to resume, or the model to
-    start from; these over the defaults."""
+    """(command, its settings). Precedence: flags, then the preset, the resumed run or the initial
+    model, then the defaults."""
     command = "train"
     if arguments[:1] and arguments[0] in CONFIGS:
         command, *arguments = arguments
@@ -223,7 +227,7 @@ def parse_command_line(arguments: list[str]):
     if not HELP & set(arguments):
         if given.resume is not None:
             alone = given.preset is None and given.init is None
-            require(alone, "--resume brings its own settings: leave --preset and --init out")
+            require(alone, "--resume takes the settings of its run: remove --preset and --init")
             settings = read_settings(given.resume)
         elif given.init is not None:
             languages, fixed = settings_of_model(given.init)
@@ -242,17 +246,17 @@ def parse_command_line(arguments: list[str]):
 if __name__ == "__main__" and HELP & set(sys.argv) and sys.argv[1] != "bench":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it in silence
     parse_command_line(sys.argv[1:])  # answers and exits, before torch takes seconds to load
-# Memory in large pages, for which torch asks Linux if told so before it starts: steps on a CPU take
-# a few per cent less.
+# Lets torch use large memory pages on Linux, which makes steps on a CPU a few per cent faster. Read
+# when torch is imported.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-# MLflow 3 reports its use to its makers unless told not to, and wants a database in place of the
-# folder of files that Modlee writes to.
+# MLflow 3 sends telemetry unless disabled, and by default refuses the folder of files that Modlee
+# writes to.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
-# A server that does not answer would be asked again for minutes.
+# By default MLflow retries an unreachable server for minutes.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-# What the user set: MLflow overwrites the variable.
+# The user's value; MLflow overwrites the variable.
 TRACKING_URI = os.environ.get("MLFLOW_TRACKING_URI") or None
 
 import numpy as np
@@ -276,8 +280,6 @@ from translate import (
     to_ctranslate2,
     to_transformers,
 )
-
-SHOWN = 6  # translations printed after training
 
 # ---- checks of the settings ----------------------------------------------------------------------
 
@@ -313,12 +315,12 @@ def check_ranges(config) -> None:
 
 
 def check_training(config: TrainConfig) -> None:
-    """InputError for settings that cannot be, before anything is read or written."""
+    """Raise InputError for impossible settings, before anything is read or written."""
     check_ranges(config)
     for name in ("validation_size", "test_size"):
         value = getattr(config, name)
         require(value < 1 or value % 1 == 0, f"{flag_of(name)}: a share below 1 or a whole number")
-    require(config.warmup + config.cooldown <= 1, "--warmup and --cooldown: more than all steps")
+    require(config.warmup + config.cooldown <= 1, "--warmup plus --cooldown must be at most 1")
     require(config.output != "", "--output needs a name")
     require(config.mlruns != "", "--mlruns needs a name; none: nothing is recorded")
     require(not config.compile or config.loop == "raw", "--compile is for --loop raw")
@@ -334,7 +336,7 @@ def check_training(config: TrainConfig) -> None:
         require(found.is_dir(), f"--mlruns {config.mlruns}: {found} is a file, not a folder")
     try:
         sizes = Seq2SeqConfig(vocab_size=2, dropout=config.dropout, **sizes_of(config))
-        # Some refuse a width, too.
+        # Some kinds also refuse certain widths.
         POSITIONAL_KINDS[sizes.positional](1, sizes.d_model, sizes.d_model // sizes.nhead)
     except ValueError as error:
         raise InputError(str(error)) from None
@@ -360,7 +362,7 @@ class Prepared(NamedTuple):
 
 
 def prepare_data(config: TrainConfig) -> Prepared:
-    """From sentence pairs to token ids; a vocabulary is learnt from the training pairs alone."""
+    """From sentence pairs to token ids; a vocabulary is learnt only from the training pairs."""
     languages = config.languages
     kind, _, size = config.tokenizer.partition(":")
     learns = kind == "train"
@@ -403,8 +405,8 @@ def prepare_data(config: TrainConfig) -> Prepared:
 
 
 def read_held_out(config: TrainConfig, option: str) -> list[data.Pair] | None:
-    """The pairs of --validation-set or --test-set; None: some are to be held out. InputError where
-    what was asked for by hand is not there."""
+    """The pairs of --validation-set or --test-set; None: some are to be held out instead. Raises
+    InputError if a set given by hand does not exist."""
     names = getattr(config, option)
     if names is None:
         return None
@@ -424,9 +426,9 @@ def read_held_out(config: TrainConfig, option: str) -> list[data.Pair] | None:
 
 
 def whole_pairs(pairs: Iterable[data.Pair], name: str) -> list[data.Pair]:
-    """Those that have two sides, which are all that is scored. InputError without any."""
+    """The pairs with two non-empty sides; only these are scored. InputError if there are none."""
     found = [pair for pair in pairs if pair.source and pair.target]
-    require(bool(found), f"{name} holds no pair of two sides")
+    require(bool(found), f"{name} has no complete pair")
     return found
 
 
@@ -443,8 +445,8 @@ def build_model(config: TrainConfig, tokenizer) -> TransformerSeq2SeqModel:
 
 
 def build_loaders(config: TrainConfig, prepared: Prepared, device: torch.device) -> list:
-    """Of training and of validation batches, for this one of the processes."""
-    # Tensor cores and compilers like round numbers; learned positions have no row to spare.
+    """Loaders of training and validation batches for this process."""
+    # Tensor cores and compilers prefer multiples of 8; learned positions have no spare rows.
     rounds = device.type == "cuda" or config.compile
     multiple = 8 if rounds and config.positional != "learned" else 1
     rank, world = 0, 1
@@ -475,8 +477,8 @@ def choose_precision(name: str, device: torch.device) -> str:
 
 
 def use_tensor_cores(device: torch.device) -> None:
-    """Let products in float32 go through TF32, where CUDA has it, while training: ten bits of the
-    factors instead of 23, sums still in float32."""
+    """Use TF32 for float32 products on CUDA: factors with 10 bits of mantissa instead of 23, and
+    sums in float32."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
 
@@ -492,17 +494,17 @@ def join_processes(device: torch.device) -> None:
 
 
 def compile_model(model: nn.Module) -> bool:
-    """Compile in place; where that cannot be done, say so and go on. Returns whether it was."""
+    """Compile in place if possible, else say so. Returns whether it was compiled."""
     device = next(model.parameters()).device
     try:
-        # Older ones compile anew for every batch: shapes in `Unpadded` are constants to them.
+        # Older versions recompile for every batch: to them shapes in `Unpadded` are constants.
         if torch.__version__ < (2, 5):
             raise RuntimeError("torch 2.5 or newer would be needed")
         torch.compile(torch.sin)(torch.ones(2, device=device))
     except RuntimeError as error:  # all of torch's complaints about a missing compiler
         data.note(f"--compile is left out: {data.one_line(error)}")
         return False
-    # By layer: those of a kind share one graph, and what depends on the pads stays outside.
+    # By layer: layers of a kind share one graph, and what depends on pads stays outside.
     for layer in (*model.encoder_layers, *model.decoder_layers):
         layer.compile(dynamic=True)
     return True
@@ -512,12 +514,12 @@ def compile_model(model: nn.Module) -> bool:
 # One function each for loss, optimizer, schedule, clipping, randomness: a loop is only a loop.
 
 
-class Failed(Exception):
+class TrainingError(Exception):
     """Training cannot go on. The message is one line and says what to do next."""
 
 
 def autocast(device: torch.device, precision: str):
-    """The context of a forward pass; fp32 needs none, nor does every device have one."""
+    """The context of a forward pass. None for fp32, since not every device has autocast."""
     if precision == "fp32":
         return contextlib.nullcontext()
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
@@ -537,7 +539,7 @@ def scale_loss(loss_sum: Tensor, sampler, index: int, accumulate: int) -> Tensor
 
     Every token of the accumulation window counts the same, on all processes: no mean of means. DDP
     averages gradients over the processes, hence `world`. Lightning divides each loss by
-    `accumulate`, and so does the raw loop, to round alike.
+    `accumulate`, so the raw loop does too, for identical rounding.
     """
     return loss_sum * (accumulate * sampler.world / sampler.window_tokens(index, accumulate))
 
@@ -551,8 +553,8 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
         for is_matrix, decay in ((True, config.weight_decay), (False, 0.0)):
             chosen = [p for p in model.parameters() if (p.dim() > 1) == is_matrix]
             groups.append({"params": chosen, "weight_decay": decay})
-    # Fused: one kernel, and after an fp16 overflow it skips the step without asking the host. On a
-    # CPU torch has it from 2.4 on, in a quarter of the time. Older ones: AdamW fails in its steps.
+    # Fused: one kernel, and after an fp16 overflow it skips the step without a host sync. Since 2.4
+    # torch has it on CPUs, four times as fast. Tested on Adam: older AdamW fails only in its steps.
     try:
         torch.optim.Adam(model.parameters(), fused=True)
         return make(groups, config.learning_rate, fused=True)
@@ -573,10 +575,10 @@ def start_step(optimizer: torch.optim.Optimizer, config: TrainConfig, state: "St
     number, so that a resumed run repeats them exactly."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, state.step, state.total_steps)
-    # The CPU's generator takes the low 32 bits, so the seed must reach them.
+    # The CPU's generator uses only the low 32 bits, so these must depend on the seed.
     seed = config.seed * 1_000_003 + state.step + state.sampler.rank * 97_000_003
-    # Not torch.manual_seed: while CUDA sleeps, that notes the whole call stack, for half a
-    # millisecond inside Lightning.
+    # Not torch.manual_seed: before CUDA is initialised it records the call stack, which takes half
+    # a millisecond inside Lightning.
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed(seed)
@@ -590,8 +592,8 @@ def clip_gradients(model: nn.Module, config: TrainConfig) -> None:
 
 
 def mean_loss(batches: list[tuple[Tensor, Tensor]]) -> float:
-    """Nats per token over batches of (summed loss [], tokens []), of all processes; waits for the
-    device. Added up in Python's float64, which not every device has."""
+    """Nats per token over batches of (summed loss [], tokens []), of all processes. Synchronises
+    with the device. Summed in Python floats, since MPS has no float64."""
     losses, tokens = (torch.stack(column).tolist() for column in zip(*batches))
     loss, count = sum_over_processes(sum(losses), sum(tokens))
     return loss / count
@@ -607,24 +609,12 @@ def sum_over_processes(*values: float) -> list[float]:
 
 
 def prefetch(loader, device: torch.device) -> Iterator[list[Tensor]]:
-    """Batches on the device; on a GPU the next is copied while the last is computed with."""
-    if device.type != "cuda":
-        for batch in loader:
-            yield [ids.to(device) for ids in batch]
-        return
-    copying, ready = torch.cuda.Stream(device), None
+    """Batches on the device. On a GPU the host prepares the next batch while the device computes:
+    a copy from pinned memory does not wait for it."""
     for batch in loader:
-        with torch.cuda.stream(copying):
-            coming = [ids.pin_memory().to(device, non_blocking=True) for ids in batch]
-        if ready is not None:
-            yield ready
-        computing = torch.cuda.current_stream(device)
-        computing.wait_stream(copying)
-        for ids in coming:
-            ids.record_stream(computing)  # or its memory could be reused too early
-        ready = coming
-    if ready is not None:
-        yield ready
+        if device.type == "cuda":
+            batch = [ids.pin_memory() for ids in batch]
+        yield [ids.to(device, non_blocking=True) for ids in batch]
 
 
 # ---- the state of a run --------------------------------------------------------------------------
@@ -634,26 +624,29 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class State:
-    """Where a run stands and what it has seen. Both loops report to it; a checkpoint holds it.
+    """Progress and history of a run. Both loops update it; checkpoints contain it.
 
     Losses stay on the device until `LOG_EVERY` steps are done, so that no step waits for them. A
-    loss that is not finite then raises Failed, unless it is of fp16, whose scaler skips such steps.
+    loss that is not finite then raises TrainingError, except with fp16, whose scaler skips such
+    steps.
 
     Attributes:
-        step: optimizer steps done, of total_steps. epoch, batch: read next, of max_epochs, batches.
+        step: optimizer steps done, of total_steps. epoch, batch: the next ones, of max_epochs and
+            batches.
         history: name -> points (step, value): losses "train" and "validation" in nats per token,
             "learning_rate", "bleu".
-        best, best_step, best_weights: the lowest validation loss, and what had it, on the CPU.
+        best, best_step, best_weights: the lowest validation loss, its step and its weights, which
+            are on the CPU.
         seconds: spent in steps, checkpoints and validation.
         stop: whether to end after this step, because of a signal.
     """
 
-    SAVED = ("step", "epoch", "batch", "history", "best", "best_step", "best_weights", "seconds")
-    SAVED += ("sums", "epoch_sums", "epoch_loss")
+    FIELDS = ("step", "epoch", "batch", "history", "best", "best_step", "best_weights", "seconds")
+    FIELDS += ("sums", "epoch_sums", "epoch_loss")
 
     def __init__(self, config: TrainConfig, train_loader, save=None, after_epoch=None):
         """save: writes a checkpoint (dict) and returns where; after_epoch(state, model)."""
-        self.config, self.write, self.after_epoch = config, save, after_epoch
+        self.config, self.write_checkpoint, self.after_epoch = config, save, after_epoch
         self.sampler, self.batches = train_loader.batch_sampler, len(train_loader)
         self.step = self.epoch = self.batch = 0
         self.total_steps = count_steps(self)
@@ -662,35 +655,36 @@ class State:
         self.pending: list[tuple[Tensor, int, int]] = []  # loss, tokens, step; still on the device
         self.sums = [0.0, 0]  # loss and tokens since the last point, of this process
         self.epoch_sums, self.epoch_loss = [0.0, 0], math.nan  # of all processes
-        self.seconds, self.saved, self.checkpoint, self.parts, self.loaded = 0.0, 0.0, None, {}, {}
+        self.seconds, self.last_save, self.checkpoint_path = 0.0, 0.0, None
+        self.parts, self.loaded = {}, {}  # of `begin`, of `load`
         self.signal, self.stop, self.handler, self.started = 0, False, None, 0.0
         self.bar = None  # of an epoch
         self.mlflow_run, self.sent, self.given_up = None, Counter(), set()  # of `log_epoch`
 
     def load(self, checkpoint: dict) -> None:
-        """Go on from a checkpoint; what belongs to others waits for `begin`."""
+        """Continue from a checkpoint; `begin` loads optimizer and scaler."""
         vars(self).update(checkpoint["state"])
         self.total_steps = count_steps(self)
         self.loaded, self.sampler.start = checkpoint, (self.epoch, self.batch)
 
     def begin(self, **parts) -> None:
-        """The first step is about to run. parts: model, optimizer, scaler: what belongs into a
-        checkpoint, and is put back from a loaded one."""
+        """Call before the first step. parts: model, optimizer, scaler, which checkpoints save and
+        restore."""
         self.parts = parts
         for name in parts.keys() & self.loaded.keys():
-            if saved := self.loaded.pop(name):  # of a scaler that was not enabled: nothing
+            if saved := self.loaded.pop(name):  # empty for a scaler that was not enabled
                 parts[name].load_state_dict(saved)
-        if self.handler:  # once more: Lightning has put one before it that ends at once
+        if self.handler:  # again: Lightning has replaced it by one that exits at once
             signal.signal(signal.SIGTERM, self.handler)
-        self.saved = time.perf_counter()
-        self.started = self.saved - self.seconds
+        self.last_save = time.perf_counter()
+        self.started = self.last_save - self.seconds
 
     def ends_step(self) -> bool:
-        """Whether an optimizer step ends with the batch that is being done."""
+        """Whether an optimizer step ends with the current batch."""
         return (self.batch + 1) % self.config.accumulate == 0 or self.batch + 1 == self.batches
 
     def end_batch(self, loss_sum: Tensor) -> None:
-        """A batch was done; `loss_sum` [] may still be on its way."""
+        """Record a batch; `loss_sum` [] may still be computing."""
         if self.bar is None:
             title = f"epoch {self.epoch + 1}/{self.config.max_epochs}"
             self.bar = progress_bar(desc=title, total=self.batches, initial=self.batch)
@@ -709,9 +703,10 @@ class State:
             self.save()
 
     def log_losses(self) -> bool:
-        """Make a point of all batches since the last one. Returns whether a checkpoint is due."""
+        """Average the batches since the last point into a new one. Returns whether a checkpoint is
+        due."""
         settle_losses(self)
-        late = time.perf_counter() - self.saved >= 60 * self.config.checkpoint_every
+        late = time.perf_counter() - self.last_save >= 60 * self.config.checkpoint_every
         loss, tokens, stop, late = sum_over_processes(*self.sums, self.signal != 0, late)
         self.stop, self.sums = stop > 0, [0.0, 0]
         if tokens:
@@ -724,7 +719,7 @@ class State:
         return late > 0
 
     def end_epoch(self, loss: float) -> None:
-        """The epoch's steps were done and the model validated: nats per token."""
+        """Record the end of an epoch. loss: of the validation, in nats per token."""
         due = self.log_losses()
         if self.bar is not None:
             self.bar = self.bar.close()
@@ -746,19 +741,18 @@ class State:
             self.save()
 
     def save(self) -> None:
-        """Write a checkpoint. Raises Failed rather than write weights that are not finite."""
-        self.saved = time.perf_counter()
+        """Write a checkpoint. Raises TrainingError if weights are not finite."""
+        self.last_save = time.perf_counter()
         settle_losses(self)
         check_finite(self)
-        if self.write:
+        if self.write_checkpoint:
             checkpoint = {name: part.state_dict() for name, part in self.parts.items()}
-            state = {name: getattr(self, name) for name in self.SAVED}
-            self.checkpoint = self.write(checkpoint | {"state": state})
+            state = {name: getattr(self, name) for name in self.FIELDS}
+            self.checkpoint_path = self.write_checkpoint(checkpoint | {"state": state})
 
 
 def count_steps(state: State) -> int:
-    """Of the whole run: those of the epochs that are done, which may have had another number of
-    batches, and those of the epochs from this one on."""
+    """Steps of the whole run: those done, in epochs of perhaps other lengths, and the rest."""
     this_epoch, per_epoch = (
         math.ceil(batches / state.config.accumulate) for batches in (state.batch, state.batches)
     )
@@ -766,7 +760,7 @@ def count_steps(state: State) -> int:
 
 
 def settle_losses(state: State) -> None:
-    """Wait for the losses that are still on the device, and add them up."""
+    """Wait for the losses that are still on the device, and sum them."""
     losses = torch.stack([loss for loss, _, _ in state.pending]).tolist() if state.pending else []
     for loss, (_, tokens, step) in zip(losses, state.pending):
         if math.isfinite(loss):
@@ -776,11 +770,11 @@ def settle_losses(state: State) -> None:
     state.pending.clear()
 
 
-def diverged(state: State, what: str) -> Failed:
+def diverged(state: State, what: str) -> TrainingError:
     if state.bar is not None:
         state.bar.close()  # or it would be drawn behind the message
-    last = state.checkpoint or "none"
-    return Failed(f"{what}; last good checkpoint: {last}; try a lower --learning-rate")
+    last = state.checkpoint_path or "none"
+    return TrainingError(f"{what}; last good checkpoint: {last}; try a lower --learning-rate")
 
 
 def check_finite(state: State) -> None:
@@ -796,7 +790,7 @@ def time_left(state: State) -> str:
 
 
 class Interrupted(BaseException):
-    """A signal, with its exit code. No KeyboardInterrupt, which Lightning swallows."""
+    """Raised on a signal, with the exit code. Not KeyboardInterrupt, which Lightning swallows."""
 
 
 def raise_interrupted(number: int, frame) -> NoReturn:
@@ -805,13 +799,13 @@ def raise_interrupted(number: int, frame) -> NoReturn:
 
 @contextlib.contextmanager
 def stopping_on_signals(state: State) -> Iterator[None]:
-    """Ctrl-C or SIGTERM ends training after the step; before the first one, the program."""
+    """Ctrl-C or SIGTERM ends training after the current step; before the first, the program."""
 
     def handle(number: int, frame) -> None:
         if not state.started:
             raise_interrupted(number, frame)
         if not state.signal:
-            os.write(2, b"\nstopping after this step ...\n")  # print may be amid a print
+            os.write(2, b"\nstopping after this step ...\n")  # print is not reentrant
         state.signal = number
 
     previous = [signal.signal(number, handle) for number in STOP_SIGNALS]
@@ -821,7 +815,7 @@ def stopping_on_signals(state: State) -> Iterator[None]:
     finally:
         state.handler = None
         for number, handler in zip(STOP_SIGNALS, previous):
-            # Who sends it twice must not cut off the end of a run that is stopping.
+            # A second signal must not interrupt an orderly stop.
             signal.signal(number, signal.SIG_IGN if state.stop else handler)
 
 
@@ -839,7 +833,7 @@ def train_raw(
     device = next(model.parameters()).device
     sampler = train_loader.batch_sampler
     optimizer = build_optimizer(model, config)
-    # Enabled for fp16 alone, whose small gradients would vanish; otherwise it does nothing.
+    # Enabled only for fp16, whose small gradients would underflow.
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     network = model
     if distributed.is_initialized():
@@ -847,13 +841,13 @@ def train_raw(
     state.begin(model=model, optimizer=optimizer, scaler=scaler)
 
     for epoch in range(state.epoch, config.max_epochs):
-        sampler.set_epoch(epoch)  # leaves out what a resumed run has done
+        sampler.set_epoch(epoch)  # skips the batches that a resumed run has done
         model.train()
         for batch in prefetch(train_loader, device):
             if state.batch % config.accumulate == 0:
                 start_step(optimizer, config, state)
                 optimizer.zero_grad(set_to_none=True)
-            # Processes exchange gradients with the last batch of a step alone.
+            # DDP reduces gradients only in the last batch of a step.
             ends_step = state.ends_step()
             alone = network is not model and not ends_step
             with network.no_sync() if alone else contextlib.nullcontext():
@@ -896,19 +890,19 @@ def adapter_class(base: type) -> type:
     class TextToTextAdapter(base):
         def __init__(self, model_config=None, model=None, *args, **kwargs):
             super().__init__()
-            # In here, because Modlee copies this method into a file that must stand alone.
+            # Imported here, because Modlee copies this method into a file of its own.
             from seq2seq import TransformerSeq2SeqModel
 
-            self.model_config = model_config  # plain, so that Modlee keeps it
+            self.model_config = model_config  # a plain dict, so that Modlee keeps it
             self.model = model or TransformerSeq2SeqModel(**model_config)
 
         def forward(self, input_ids, decoder_input_ids=None):
             return self.model(input_ids, decoder_input_ids)
 
         def attach(self, config: TrainConfig, state: State) -> None:
-            """What training needs and rebuilding does not."""
+            """Set what training needs, but Modlee's rebuilding does not."""
             self.config, self.state, self.losses = config, state, []
-            self.after_callbacks = None  # called when every callback has had its start
+            self.after_callbacks = None  # called after every callback's on_train_start
 
         def configure_optimizers(self):
             return build_optimizer(self.model, self.config)
@@ -930,7 +924,7 @@ def adapter_class(base: type) -> type:
             return scale_loss(loss_sum, self.state.sampler, batch_idx, self.config.accumulate)
 
         def configure_gradient_clipping(self, optimizer, *args, **kwargs) -> None:
-            # Lightning leaves unscaling to a fused optimizer, which would do it after clipping.
+            # Lightning leaves unscaling to a fused optimizer, which does it after clipping.
             scaler = self.state.parts.get("scaler")
             if scaler is not None and optimizer.param_groups[0].get("fused"):
                 scaler.unscale_(optimizer)
@@ -983,18 +977,18 @@ def train_lightning(adapter, train_loader, validation_loader, config, **changes)
     if state.step:
         continue_from(state, trainer.fit_loop)
     with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
-        # Collating a few rows takes less than handing them over from a process.
+        # Collating is cheaper than passing batches between processes.
         warnings.filterwarnings("ignore", ".*does not have many workers.*")
-        # Our batch sampler begins where it should.
+        # Our batch sampler starts at the right batch.
         warnings.filterwarnings("ignore", ".*dataloader is not resumable.*")
-        # A loss is a mean over all processes before it is logged.
+        # The loss is averaged over all processes before it is logged.
         warnings.filterwarnings("ignore", ".*sync_dist.*")
-        warnings.filterwarnings("ignore", ".*LeafSpec.*")  # of the newest Lightning's own making
+        warnings.filterwarnings("ignore", ".*LeafSpec.*")  # caused by the newest Lightning itself
         trainer.fit(adapter, train_loader, validation_loader)
 
 
 def continue_from(state: State, loop) -> None:
-    """Let Lightning begin at state.epoch and state.batch, as a checkpoint of its own would."""
+    """Make Lightning start at state.epoch and state.batch, as its own checkpoint would."""
     progress, begun = loop.state_dict(), state.epoch + (state.batch > 0)
     epochs = {"ready": begun, "started": begun, "processed": state.epoch, "completed": state.epoch}
     batches = dict.fromkeys(epochs, state.batch)
@@ -1005,12 +999,12 @@ def continue_from(state: State, loop) -> None:
     optimizer["step"]["total"].update(ready=state.step, completed=state.step)
     progress["epoch_loop.state_dict"]["_batches_that_stepped"] = state.step
     loop.load_state_dict(progress)
-    # Restarting means in the middle of an epoch; at its start it would validate first.
+    # Only in the middle of an epoch; at its start, "restarting" would validate first.
     loop.restarting = state.batch > 0
 
 
 def import_lightning():
-    """lightning.pytorch, without its greetings."""
+    """lightning.pytorch, without its startup messages."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*pkg_resources.*")  # of 2.3
         import lightning.pytorch
@@ -1020,15 +1014,15 @@ def import_lightning():
 
 
 # ---- Modlee --------------------------------------------------------------------------------------
-# Modlee 0.0.5 describes a run (code, graph, metafeatures) at the start of a fit. This keeps that
-# and takes back its side effects, each named where it is dealt with.
+# Modlee 0.0.5 records a run (code, graph, metafeatures) at the start of a fit. The record is kept,
+# the side effects are undone, each named where that is done.
 
 
 def import_modlee():
-    """The package, or None where it is not installed. The process is left as it was."""
+    """The package, or None if it is not installed. The process is left as it was."""
     if find_spec("modlee") is None:
         return None
-    # These configure their own loggers, which must not be mistaken for Modlee's doing.
+    # These configure their own loggers, which must not be undone along with Modlee's changes.
     import_lightning()
     import mlflow  # noqa: F401
     import sklearn  # noqa: F401
@@ -1070,8 +1064,8 @@ def modlee_base() -> type:
 
 
 def snapshot(module: nn.Module) -> Callable[[], None]:
-    """A function that puts back what Modlee's callbacks change: random states, which parameters are
-    trainable (its graph export ends by making all of them so), modes, and print options."""
+    """A function that restores what Modlee's callbacks change: random states, which parameters are
+    trainable (its graph export makes all of them trainable), modes, and print options."""
     printing = torch._tensor_str.PRINT_OPTS  # there is no public way to read them
     print_options = copy.copy(vars(printing))
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
@@ -1094,7 +1088,7 @@ def snapshot(module: nn.Module) -> Callable[[], None]:
 
 
 def small_converter(modlee) -> object:
-    """Modlee's model-to-code converter without its expensive habits and its leftovers."""
+    """Modlee's model-to-code converter without its slow parts and leftover files."""
     import networkx
 
     class SmallConverter(modlee.converter.Converter):
@@ -1107,7 +1101,7 @@ def small_converter(modlee) -> object:
         torch2onnx = torch_model2onnx_graph
 
         def onnx_graph2onnx_nx(self, onnx_graph, prune=True):
-            # Modlee's version draws the graph with pydot, a sixth of the time, for nobody.
+            # Modlee's version draws an unused graph with pydot, a sixth of the time.
             return networkx.DiGraph()
 
         def tensor2init_code(self, input_tensor, tensor_type=None):
@@ -1145,9 +1139,9 @@ class ModleeRecord:
         """Run `fit` inside an MLflow run, with Modlee's callbacks on the adapter."""
         import mlflow
 
-        # Advice on signatures and schemas that nobody asked for.
+        # Silences advice on signatures and schemas.
         logging.getLogger("mlflow").setLevel(logging.ERROR)
-        root_handlers = logging.root.handlers[:]  # its logging.info() adds one that prints all
+        root_handlers = logging.root.handlers[:]  # Modlee's logging.info() adds one that prints all
         autolog = mlflow.pytorch.autolog  # the constructor has switched it on, with models
         with contextlib.ExitStack() as undo:
             undo.callback(setattr, logging.root, "handlers", root_handlers)
@@ -1157,7 +1151,7 @@ class ModleeRecord:
                 set_mlflow_store(self.config.mlruns)
                 autolog(log_datasets=False, log_models=False, checkpoint=False)
                 undo.enter_context(self.modlee.start_run())
-            except Exception as error:  # noqa: BLE001 - of whatever kind a store may raise
+            except Exception as error:  # noqa: BLE001 - a store may raise anything
                 data.note(f"Modlee records nothing: {data.one_line(error)}")
                 autolog(disable=True)
                 callbacks = []
@@ -1171,7 +1165,7 @@ class ModleeRecord:
         self.artifacts = tuple(sorted(str(path.relative_to(root)) for path in files))
 
     def callbacks(self, adapter, undo: contextlib.ExitStack) -> list:
-        """Modlee's own, behind one that notes the state they are going to change."""
+        """Modlee's callbacks, after one that saves the state that they change."""
         from lightning.pytorch.callbacks import Callback
         from modlee.model import callbacks as stock
 
@@ -1183,7 +1177,7 @@ class ModleeRecord:
                 started = time.perf_counter()
                 quiet = contextlib.ExitStack()
                 quiet.callback(snapshot(module))
-                # pymfe and the tracer warn by the dozen.
+                # pymfe and the tracer emit dozens of warnings.
                 quiet.enter_context(warnings.catch_warnings())
                 quiet.enter_context(contextlib.redirect_stdout(io.StringIO()))
                 warnings.simplefilter("ignore")
@@ -1196,7 +1190,7 @@ class ModleeRecord:
                 module.after_callbacks = finish
 
         def source(model, **more) -> str:
-            # It names the modules of base classes and does not import them.
+            # Modlee's version names the modules of base classes without importing them.
             text = self.modlee.get_code_text_for_model(model, **more)
             return "import positional, seq2seq\n" + text
 
@@ -1212,7 +1206,7 @@ class ModleeRecord:
         )
         kept = [c for c in type(adapter).configure_callbacks(adapter) if not isinstance(c, dropped)]
         kept = [c for c in kept if any(name in type(c).__name__ for name in self.names)]
-        # Each would run a whole training batch; two short rows show as much.
+        # Each would run a whole training batch; two short rows are enough.
         ids = torch.ones(2, 8, dtype=torch.long)
         for callback in kept:
             callback.get_input = lambda trainer, module, *_: [ids.to(module.device)] * 2
@@ -1250,7 +1244,7 @@ class ModleeRecord:
             try:
                 with contextlib.redirect_stdout(sys.stderr):
                     sent = self.modlee.save_run_as_json(self.run_path)
-            except Exception as error:  # noqa: BLE001 - whatever its client raises
+            except Exception as error:  # noqa: BLE001 - its client may raise anything
                 reason = f" ({data.one_line(error).replace(key, '***')})"
             finally:
                 os.chdir(here)
@@ -1258,8 +1252,8 @@ class ModleeRecord:
 
 
 def modlee_tokenizer(own):
-    """The tokenizer for data metafeatures: GPT-2's, as Modlee's is, where it can be had; else the
-    run's own, whose metafeatures do not compare with Modlee's."""
+    """The tokenizer for data metafeatures: GPT-2's, as in Modlee, if it is cached or reachable;
+    else the run's own, whose metafeatures do not compare with Modlee's."""
     from transformers import GPT2Tokenizer
 
     for only_cached in (True, False):
@@ -1273,26 +1267,26 @@ def modlee_tokenizer(own):
 
 
 # ---- checkpoints and model folders ---------------------------------------------------------------
-# While it trains, NAME.checkpoints holds the newest two states, loss.png and, after `--init`, the
-# tokenizer. In the end NAME holds model.safetensors, config.json, the tokenizer's files,
+# During training, NAME.checkpoints holds the newest two states, loss.png and, after `--init`, the
+# tokenizer. Afterwards NAME holds model.safetensors, config.json, the tokenizer's files,
 # metrics.json, loss.png, validation.tsv and test.tsv.
 
 
 @contextlib.contextmanager
 def naming_failures(path: Path) -> Iterator[None]:
-    """Make every failure in writing, of whichever library, an OSError that names the path."""
+    """Turn the write errors of any library into an OSError that names the path."""
     from safetensors import SafetensorError
 
     try:
         yield
     except (OSError, SafetensorError) as error:
         raise OSError(f"cannot write {path}: {data.one_line(error)}") from None
-    except RuntimeError as error:  # of torch's writer, which does not say it
+    except RuntimeError as error:  # from torch's writer, which does not name the cause
         raise OSError(f"cannot write {path} (disk full?): {data.one_line(error)}") from None
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Create or replace a file, whole: `write` fills a neighbour that is synced, then renamed."""
+    """Create or replace a file, whole: `write` fills another, which is synced and renamed."""
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     with naming_failures(path):
         try:
@@ -1301,7 +1295,7 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-            with contextlib.suppress(OSError):  # the new name must outlast a loss of power as well
+            with contextlib.suppress(OSError):  # the rename must also survive a loss of power
                 entry = os.open(path.parent, os.O_RDONLY)
                 os.fsync(entry)
                 os.close(entry)
@@ -1318,7 +1312,7 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def nearest_existing(path: Path) -> Path:
-    """The path itself or the first of its parents that is there."""
+    """The path itself or the first of its parents that exists."""
     return next(part for part in (path, *path.parents) if part.exists())
 
 
@@ -1327,15 +1321,15 @@ def is_model_folder(folder: Path) -> bool:
 
 
 def check_writable(folder: Path, other: str) -> None:
-    """InputError where nothing can be put into a folder, which need not exist yet."""
+    """Raise InputError if a folder, which need not exist yet, is not writable."""
     found = nearest_existing(folder)
     writable = found.is_dir() and os.access(found, os.W_OK)
     require(writable, f"cannot write to {found}; give another {other}")
 
 
 def check_output(folder: Path, replace: bool = False) -> None:
-    """InputError where a folder cannot be created. replace: a model folder may stand there."""
-    folder = folder.resolve()  # what a link or ".." leads to
+    """Raise InputError if a folder cannot be created. replace: it may be a model folder already."""
+    folder = folder.resolve()  # follows links and ".."
     free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
     free = free or (replace and is_model_folder(folder))
     require(free and folder != Path.cwd(), f"{folder} exists already; give another name")
@@ -1343,17 +1337,17 @@ def check_output(folder: Path, replace: bool = False) -> None:
 
 
 def check_room(folder: Path, model: nn.Module) -> None:
-    """InputError where a checkpoint and the model would not fit, before anything is learnt."""
+    """Raise InputError if checkpoints and model would not fit, before anything is learnt."""
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    # The weights, the best weights and Adam's two moments, and the model folder.
-    needs, free = 5 * weights / 1e6, shutil.disk_usage(folder).free / 1e6
-    what = f"{folder}: {free:,.1f} MB are free, a checkpoint and the model take {needs:,.1f}"
+    # A checkpoint has the weights, the best weights and Adam's two moments. Two of them are kept.
+    needs, free = (2 * 4 + 1) * weights / 1e6, shutil.disk_usage(folder).free / 1e6
+    what = f"{folder}: {free:,.1f} MB are free, two checkpoints and the model take {needs:,.1f}"
     require(free > needs, f"{what}; make room or give another --output")
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Create a folder, or replace a model folder, whole: `fill` fills another, which then gets the
-    name."""
+    """Create a folder, or replace a model folder, whole: `fill` fills a temporary folder, which is
+    then renamed."""
     folder = folder.resolve()
     with naming_failures(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -1361,7 +1355,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         before = temporary / ".before"
         try:
             fill(temporary)
-            for path in temporary.iterdir():  # mkdtemp is private, a model need not be
+            for path in temporary.iterdir():  # mkdtemp makes them private
                 path.chmod(0o644)
             temporary.chmod(0o755)
             if is_model_folder(folder):
@@ -1371,7 +1365,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
             if before.exists():
                 os.replace(before, folder)
             shutil.rmtree(temporary, ignore_errors=True)
-        for path in (folder / before.name).glob("*"):  # what others have put there stays
+        for path in (folder / before.name).glob("*"):  # keeps files that the user has added
             if not (folder / path.name).exists():
                 os.replace(path, folder / path.name)
         shutil.rmtree(folder / before.name, ignore_errors=True)
@@ -1386,7 +1380,7 @@ def checkpoint_folder(config: TrainConfig) -> Path:
 
 
 @contextlib.contextmanager
-def claimed(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Keep other runs out of a folder of checkpoints while the block runs. Raises InputError."""
     import fcntl
 
@@ -1398,7 +1392,7 @@ def claimed(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"another run is writing to {folder}; wait for its end") from None
+            raise InputError(f"another run is writing to {folder}; wait until it ends") from None
         yield
     finally:
         os.close(descriptor)
@@ -1406,26 +1400,25 @@ def claimed(folder: Path) -> Iterator[None]:
 
 def write_checkpoint(folder: Path, about: dict, checkpoint: dict) -> Path | None:
     """Write a checkpoint, whole or not at all, and keep the one before. about: settings of the run
-    and a digest of its data. Only the first process writes. Raises Failed."""
+    and a digest of its data. Only the first process writes. Raises TrainingError."""
     if not is_first_process():
         return None
     path = folder / f"step-{checkpoint['state']['step']:09}.pt"
-    for left_over in folder.glob(".[0-9]*"):  # of a process that was killed in a write
-        left_over.unlink()
+    old = sorted(folder.glob("step-*.pt"))[:-1]
+    for outdated in (*old, *folder.glob(".[0-9]*")):  # these of a process killed while writing
+        outdated.unlink()
     try:
         write_file(path, partial(torch.save, about | checkpoint))
     except OSError as error:
         last = max(folder.glob("step-*.pt"), default=None)
         then = f"{last} is intact: make room, then --resume {folder}" if last else "make room"
-        raise Failed(f"{error}; {then}") from None
-    for old in sorted(folder.glob("step-*.pt"))[:-2]:
-        old.unlink()
+        raise TrainingError(f"{error}; {then}") from None
     return path
 
 
 def read_checkpoint(folder: Path, silent: bool = False) -> dict:
-    """The newest checkpoint that can be read; those that cannot are said. Nothing in them is
-    executed. Raises InputError where there is none."""
+    """The newest checkpoint that can be read; unreadable ones are reported. No code in them is
+    executed. Raises InputError if there is none."""
     paths = sorted(folder.glob("step-*.pt"), reverse=True)
     require(bool(paths), f"--resume: no checkpoints in {folder}; --init starts from a model")
     for path in paths:
@@ -1437,7 +1430,7 @@ def read_checkpoint(folder: Path, silent: bool = False) -> dict:
                 if damaged := zipfile.ZipFile(file).testzip():  # torch compares no checksums
                     raise ValueError(f"{damaged} is damaged")
             return torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # noqa: BLE001 - of many kinds
+        except Exception as error:  # noqa: BLE001 - of many types
             if not silent and is_first_process():
                 data.note(f"{path} cannot be read ({data.one_line(error)}): it is set aside")
                 path.rename(path.with_suffix(".damaged"))  # and counts as none of the newest
@@ -1449,7 +1442,7 @@ def read_settings(resume: str) -> dict:
     folder = checkpoint_folder(TrainConfig(resume=resume)).absolute()
     settings = read_checkpoint(folder, silent=True).get("settings", {})
     known = {field.name for field in dataclasses.fields(TrainConfig)}
-    require(settings.keys() == known, f"{resume} is of another version of this program")
+    require(settings.keys() == known, f"{resume} was written by another version of this program")
     if folder.name.endswith(".checkpoints"):  # which may have been moved or renamed
         settings["output"] = str(folder).removesuffix(".checkpoints")
     if (folder / "tokenizer").is_dir():
@@ -1458,7 +1451,7 @@ def read_settings(resume: str) -> dict:
 
 
 def digest_pairs(pairs: data.PairDataset) -> str:
-    """The same for the same token ids in the same order, and for no others."""
+    """SHA-256 of the token ids, in order."""
     content = hashlib.sha256()
     for ids in (*pairs.lengths, *pairs.sources, *pairs.targets):
         content.update(ids.tobytes())
@@ -1501,8 +1494,8 @@ def save_model(
 
 
 def settings_of_model(folder: str) -> tuple[dict, dict]:
-    """What a run that starts from a model folder takes over, by the names of the flags: what can be
-    changed, and what cannot."""
+    """Settings that a run inherits from the model folder it starts from: (those that flags can
+    change, those that they cannot)."""
     path = Path(folder).expanduser()
     try:
         content = json.loads((path / "config.json").read_text(encoding="utf-8"))
@@ -1568,7 +1561,7 @@ def log_epoch(
 ) -> None:
     """After each validation: BLEU of 100 validation pairs, a line with the time left and two sample
     translations on stderr, the curves in folder/loss.png, all points in MLflow."""
-    # From all over the set, which may have been put together from several.
+    # Spread over the set, which may be a concatenation of several.
     count = len(prepared.validation_pairs)
     rows = np.linspace(0, count - 1, min(100, count)).astype(int)
     sources, references = (
@@ -1592,11 +1585,11 @@ def log_epoch(
 
 
 def attempt(state: State, what: str, function: Callable, *arguments) -> None:
-    """Call it. An error is said, and not tried again: pictures and records end no training."""
+    """Call a function that must not end training. After an error print a note and never retry."""
     if what not in state.given_up:
         try:
             function(*arguments)
-        except Exception as error:  # noqa: BLE001 - of whatever kind a store may raise
+        except Exception as error:  # noqa: BLE001 - a store may raise anything
             data.note(f"{what} is given up: {data.one_line(error)}")
             state.given_up.add(what)
 
@@ -1620,8 +1613,8 @@ def log_to_mlflow(config: TrainConfig, state: State, **final: float) -> None:
 
 
 @contextlib.contextmanager
-def recording(state: State) -> Iterator[None]:
-    """What happens meanwhile is the MLflow run, if one is begun."""
+def closing_mlflow_run(state: State) -> Iterator[None]:
+    """End the MLflow run, if there is one, with the status of the block."""
     status = "FAILED"
     try:
         yield
@@ -1654,9 +1647,9 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def check_report(name: str | None, key: str | None = "versions") -> None:
-    """InputError where a report could not be written in the end, or would take the place of a file
-    that is no JSON with this key; None: of any file."""
+def check_output_file(name: str | None, key: str | None = "versions") -> None:
+    """Raise InputError if a file cannot be written later, or exists and is not JSON with this key
+    (None: exists)."""
     if name is None:
         return
     path = Path(name).expanduser()
@@ -1668,13 +1661,13 @@ def check_report(name: str | None, key: str | None = "versions") -> None:
             alike = key is not None and key in json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, TypeError):
             alike = False
-        what = "" if key is None else " and is no report"
+        what = "" if key is None else " and is not a report"
         require(alike, f"{path} exists already{what}; give another name")
 
 
 def name_output(config: TrainConfig) -> TrainConfig:
-    """With a name for the model folder, the same in all processes; a name of our own is no other
-    run's: it is taken by making the folder of its checkpoints. That folder exists afterwards."""
+    """Set `output`, the same in all processes, and create its checkpoint folder, which reserves a
+    generated name."""
     names = [config.output]
     if config.output is not None and is_first_process():
         checkpoint_folder(config).mkdir(parents=True, exist_ok=True)  # or fail before training
@@ -1693,7 +1686,7 @@ def name_output(config: TrainConfig) -> TrainConfig:
 
 def train(config: TrainConfig) -> int:
     """Prepare data, train, save, evaluate. Returns the exit code."""
-    # Checks that need no data, which takes minutes to read.
+    # First the checks that need no data, which may take minutes to read.
     check_training(config)
     device = choose_device(config.device)
     config = dataclasses.replace(config, precision=choose_precision(config.precision, device))
@@ -1702,7 +1695,7 @@ def train(config: TrainConfig) -> int:
         checkpoints, output = checkpoint_folder(config), Path(config.output).expanduser()
         own = Path(f"{output}.checkpoints").resolve() == checkpoints.resolve()
         check_output(output, replace=config.resume is not None and own)
-        way = f"continue it with --resume {shlex.quote(str(checkpoints))}, or delete that"
+        way = f"continue it with --resume {shlex.quote(str(checkpoints))}, or delete it"
         free = config.resume is not None or not any(checkpoints.glob("step-*.pt"))
         require(free, f"{checkpoints} belongs to another run: {way}")
         check_writable(checkpoints, "--output")
@@ -1720,7 +1713,7 @@ def train(config: TrainConfig) -> int:
         model.load_state_dict(load_model(config.init, torch.device("cpu"))[0].state_dict())
     model.to(device)
     loaders = build_loaders(config, prepared, device)
-    metrics = describe_run(config, prepared, model, loaders[0], device)
+    metrics = report_run(config, prepared, model, loaders[0], device)
     config = name_output(config)
     output, checkpoints = Path(config.output).expanduser(), checkpoint_folder(config)
     if checkpoint is None:
@@ -1734,28 +1727,31 @@ def train(config: TrainConfig) -> int:
     if checkpoint is not None:
         resume(state, model, checkpoint, about)
 
-    with claimed(checkpoints), recording(state):
+    with locked(checkpoints), closing_mlflow_run(state):
         if checkpoint is None and config.init is not None and is_first_process():
-            # For `--resume`: the model that it comes from may have been moved by then.
+            # For `--resume`: by then the initial model may have been moved.
             save_tokenizer(prepared.tokenizer, checkpoints / "tokenizer")
         record = None
         with stopping_on_signals(state):
             if state.epoch < config.max_epochs:
                 record = fit(model, loaders, config, prepared, state)
             if state.stop:
-                return say_stopped(state, checkpoints)
+                return print_stopped(state, checkpoints)
             if not is_first_process():
                 return 0
             model.to(device)  # Lightning takes it to the CPU at the end
             model.load_state_dict(state.best_weights)
-            metrics |= describe_training(state, record, prepared)
-            try:  # before it is scored: an interrupted score loses no training
+            metrics |= report_training(state, record, prepared)
+            try:  # before scoring, so that an interruption loses no training
                 save_model(output, model, prepared, config, metrics, state)
             except OSError as error:
                 way = f"make room, then --resume {shlex.quote(str(checkpoints))}"
-                raise Failed(f"{error}; training is complete in {checkpoints}: {way}") from None
+                raise TrainingError(
+                    f"{error}; training is complete in {checkpoints}: {way}"
+                ) from None
         place = shlex.quote(str(output))
-        evaluation = f"python run.py evaluate --model {place}"
+        search = f" --beam {config.beam}" if config.beam > 1 else ""
+        evaluation = f"python run.py evaluate --model {place}{search}"
         try:
             if state.signal:  # it came while the model was written
                 raise_interrupted(state.signal, None)
@@ -1776,35 +1772,35 @@ def train(config: TrainConfig) -> int:
     more = f"--resume {shlex.quote(str(checkpoints))} --max-epochs {2 * state.epoch}"
     print_field("", f"{checkpoints} is kept for python run.py {more}; delete it otherwise")
     example = shlex.quote(min((pair.source for pair in prepared.validation_pairs), key=len))
-    print(f"\nnext:  python run.py translate --model {place} {example}")
+    print(f"\nnext:  python run.py translate --model {place}{search} {example}")
     print(f"       {evaluation} --dataset unseen.tsv")
     return 0
 
 
 def resume(state: State, model: nn.Module, checkpoint: dict, about: dict) -> None:
-    """Put a checkpoint back, and say what differs from the run that wrote it. Raises InputError."""
+    """Restore a checkpoint, and print the settings that have changed. Raises InputError."""
     name, was, now = state.config.resume, checkpoint["settings"], about["settings"]
     way = "to train on others, start a new run from its model with --init"
     same = checkpoint["data"] == about["data"]
-    require(same, f"the training pairs are not those of {name}: {way}")
-    # Amid an epoch a number of a batch means another batch in another layout.
+    require(same, f"the training pairs or the tokenizer are not those of {name}: {way}")
+    # Within an epoch, a batch number means another batch in another layout.
     same = checkpoint["state"]["batch"] == 0 or checkpoint["layout"] == about["layout"]
-    what = "batch size, --accumulate and the number of processes must stay"
-    require(same, f"{name} was stopped amid an epoch: {what}")
+    what = "batch size, --accumulate and the number of processes must not change"
+    require(same, f"{name} was stopped within an epoch: {what}")
     done, most = checkpoint["state"]["epoch"], now["max_epochs"]
     require(done <= most, f"{done} epochs are done, which is more than --max-epochs {most}")
     model.load_state_dict(checkpoint["model"])
     state.load(checkpoint)
-    print_field("resumed", f"after step {state.step} of {state.config.output}")
+    print_field("resumed", f"after step {state.step} of {name}")
     for name in was:
         if name not in ("resume", "tokenizer") and was[name] != now[name]:
             print_field("", f"{name} {was[name]} -> {now[name]}")
 
 
 def fit(model, loaders, config: TrainConfig, prepared: Prepared, state: State):
-    """Train with the loop that is asked for. Returns Modlee's record or None."""
+    """Train with the selected loop. Returns Modlee's record or None."""
     if config.loop == "raw":
-        print_field("modlee", "off: it is for --loop lightning")
+        print_field("modlee", "off: it needs --loop lightning")
         if config.compile:
             compile_model(model)
         train_raw(model, *loaders, config, state)
@@ -1819,7 +1815,7 @@ def fit(model, loaders, config: TrainConfig, prepared: Prepared, state: State):
 
 
 def start_modlee(config: TrainConfig, prepared: Prepared) -> ModleeRecord | None:
-    """Import Modlee where it is wanted and installed, and say in one line what its state is."""
+    """Import Modlee if it is wanted and installed, and print its status in one line."""
     if not config.modlee or config.mlruns == "none":
         print_field("modlee", f"off ({'--mlruns none' if config.modlee else '--no-modlee'})")
         return None
@@ -1837,15 +1833,15 @@ def start_modlee(config: TrainConfig, prepared: Prepared) -> ModleeRecord | None
     return record
 
 
-def describe_run(config, prepared: Prepared, model: nn.Module, train_loader, device) -> dict:
-    """Say what is about to run, and return the same as the first half of metrics.json."""
+def report_run(config, prepared: Prepared, model: nn.Module, train_loader, device) -> dict:
+    """Print what is about to run. Returns the first half of metrics.json."""
     counts = {"train": len(prepared.train), "validation": len(prepared.validation)}
     parameters = sum(parameter.numel() for parameter in model.parameters())
     name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
     lost = prepared.round_trip_loss
     about = f", {config.source_lang} -> {config.target_lang}"
     if config.dataset == (data.PHRASEBOOK,):
-        about = f" (built in and invented: no benchmark){about}"
+        about = f" (built-in and artificial: not a benchmark){about}"
     elif config.subset and data.is_on_hub(config.dataset):
         about = f"/{config.subset} {config.split}{about}"
     print_field("data", " ".join(config.dataset) + about)
@@ -1876,8 +1872,8 @@ def describe_run(config, prepared: Prepared, model: nn.Module, train_loader, dev
     }
 
 
-def describe_training(state: State, record: ModleeRecord | None, prepared: Prepared) -> dict:
-    """Say how it went, and return the second half of metrics.json, but for the scores."""
+def report_training(state: State, record: ModleeRecord | None, prepared: Prepared) -> dict:
+    """Print the outcome. Returns the second half of metrics.json, without scores."""
     tokens = state.epoch * sum(int(lengths.sum()) for lengths in prepared.train.lengths)
     rate, skipped = tokens / max(state.seconds, 1e-9), count_skipped(state)
     print_field(
@@ -1906,25 +1902,25 @@ def describe_training(state: State, record: ModleeRecord | None, prepared: Prepa
 
 
 def count_skipped(state: State) -> int:
-    """Steps that fp16's scaler left out, because a gradient overflowed; waits for the device."""
+    """Steps that fp16's scaler skipped, because a gradient overflowed. Synchronises."""
     if state.config.precision != "fp16" or "optimizer" not in state.parts:
         return 0
     states = state.parts["optimizer"].state.values()
     return state.step - max((int(each["step"]) for each in states), default=0)
 
 
-def say_stopped(state: State, checkpoints: Path) -> int:
-    """Say how to go on. Returns the exit code."""
-    print_field("stopped", f"after step {state.step}: {state.checkpoint}")
+def print_stopped(state: State, checkpoints: Path) -> int:
+    """Print how to continue. Returns the exit code."""
+    print_field("stopped", f"after step {state.step}: {state.checkpoint_path}")
     resume = f"python run.py --resume {shlex.quote(str(checkpoints))}"
     print(f"\nnext:  {resume}")
     if state.epoch:
-        print(f"       {resume} --max-epochs {state.epoch}  # to end with what is learnt")
+        print(f"       {resume} --max-epochs {state.epoch}  # to finish with what it has learnt")
     return 128 + (state.signal or signal.SIGTERM)
 
 
 def score_model(model, prepared: Prepared, config: TrainConfig, metrics: dict) -> None:
-    """Translate the test pairs, or without any the validation pairs, and put the scores into
+    """Translate the test pairs, or the validation pairs if there are none, and put the scores into
     `metrics`."""
     part = "test" if prepared.test_pairs else "validation"
     pairs = prepared.test_pairs or prepared.validation_pairs
@@ -1935,7 +1931,7 @@ def score_model(model, prepared: Prepared, config: TrainConfig, metrics: dict) -
     search = "greedy" if config.beam == 1 else f"beam {config.beam}"
     print_field("scored", f"{len(pairs):,} {part} pairs, {search}")
     print_score(metrics)
-    for pair, hypothesis in list(zip(pairs, hypotheses))[:SHOWN]:
+    for pair, hypothesis in list(zip(pairs, hypotheses))[:6]:
         print(f"\n  source       {pair.source}\n  translation  {hypothesis}")
         print(f"  reference    {pair.target}")
     print()
@@ -1969,7 +1965,7 @@ def translate(config: TranslateConfig) -> int:
     translator = load_translator(**decoding_of(config), **more)
     sys.stdout.reconfigure(encoding="utf-8")
     typed = (line for _, line in data.decode_lines(sys.stdin.buffer, "standard input"))
-    # A person who types waits for each line, a file does not.
+    # Answers line by line when a person types.
     window = 1 if not config.text and sys.stdin.isatty() else TRANSLATE_WINDOW
     for found in translator.stream(config.text or typed, window=window):
         for text, value in found:
@@ -1982,8 +1978,8 @@ def translate(config: TranslateConfig) -> int:
 
 def evaluate(config: EvaluateConfig) -> int:
     check_ranges(config)
-    check_report(config.json)
-    check_report(config.hypotheses, key=None)
+    check_output_file(config.json)
+    check_output_file(config.hypotheses, key=None)
     files = [Path(name).expanduser().resolve() for name in (config.json, config.hypotheses) if name]
     require(len(set(files)) == len(files), "--json and --hypotheses are the same file")
     dataset = config.dataset
@@ -2049,9 +2045,8 @@ def export(config: ExportConfig) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    """Run a command; what the user can mend ends in one line on stderr."""
-    commands = {"train": train, "translate": translate, "evaluate": evaluate}
-    commands |= {"export": export}
+    """Run a command. Errors that the user can fix are reported in one line on stderr."""
+    commands = {"train": train, "translate": translate, "evaluate": evaluate, "export": export}
     try:
         if arguments[:1] == ["bench"]:
             from benchmarks import lightning
@@ -2068,14 +2063,14 @@ def main(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (InputError, OSError) as error:  # disk full, no permission, name too long
-        # A mistake is the same in all processes, a disk may be full in one of them.
+        # All processes see the same input error; an OSError may hit only one.
         if is_first_process() or isinstance(error, OSError):
             print(f"error: {data.one_line(error, None)}", file=sys.stderr)
         return 2
-    except Failed as error:
+    except TrainingError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 1
-    except (RuntimeError, MemoryError) as error:  # out of memory has a class on CUDA alone
+    except (RuntimeError, MemoryError) as error:  # only CUDA has a class for out of memory
         words = ("out of memory", "can't allocate memory", "not enough memory")
         if isinstance(error, RuntimeError) and not any(word in str(error) for word in words):
             raise
@@ -2088,6 +2083,6 @@ if __name__ == "__main__":
     for number in STOP_SIGNALS:
         signal.signal(number, raise_interrupted)
     code = main(sys.argv[1:])
-    for number in STOP_SIGNALS:  # one more would end in a traceback of what cleans up at the exit
+    for number in STOP_SIGNALS:  # a signal during exit would print a traceback
         signal.signal(number, signal.SIG_IGN)
     sys.exit(code)

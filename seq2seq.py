@@ -12,7 +12,7 @@ In reading order: configuration, attention, layers, model, loss, cache, decoding
 
 Conventions
   Shapes: B batch, S source length, T target length, D model width, H heads, Dh = D / H, F
-  feed-forward width, L layers, V vocabulary, N real tokens of a batch. While decoding: K
+  feed-forward width, L layers, V vocabulary, N real tokens of a batch. In decoding: K
   hypotheses per sentence, R = B * K rows.
   Token ids are int64 and padded on the right. A sentence ends in `eos_id`; the decoder starts from
   `pad_id`, as in T5 and Marian.
@@ -31,15 +31,15 @@ from torch import Tensor, nn
 
 from positional import POSITIONAL_KINDS
 
-# Embedding rows are rounded up to a multiple of this, because matrix units like round sizes.
+# Embedding rows are rounded up to a multiple of this number, which matrix units handle faster.
 VOCAB_MULTIPLE = 64
 
 
 @dataclass(frozen=True)
 class Seq2SeqConfig:
-    """Everything that decides the shape of the model. Defaults: the tutorial's, the paper's "base".
+    """Hyperparameters of the model. Defaults: the tutorial's, which are the paper's "base".
 
-    Raises ValueError for sizes that do not fit together.
+    Raises ValueError for values that are out of range or do not fit together.
     """
 
     vocab_size: int  # `len(tokenizer)`, which is not always `tokenizer.vocab_size`
@@ -47,14 +47,14 @@ class Seq2SeqConfig:
     nhead: int = 8
     num_encoder_layers: int = 6
     num_decoder_layers: int = 6
-    max_length: int = 50  # positions prepared for; only "learned" ends there
+    max_length: int = 50  # size of the position table; a limit for "learned" only
     dim_feedforward: int = 2048
     dropout: float = 0.1
     activation: str = "relu"  # or "relu2", its square (So et al. 2021), which learns faster
     positional: str = "sinusoidal"  # a key of positional.POSITIONAL_KINDS
     norm_first: bool = True  # pre-LN with final norms; False: post-LN, as in the paper
     tie_embeddings: bool = True  # source, target and output (Press & Wolf 2017)
-    pad_id: int = 0  # padding, and what the decoder starts from
+    pad_id: int = 0  # padding; also the decoder's start token
     eos_id: int = 1
 
     def __post_init__(self) -> None:
@@ -76,16 +76,16 @@ class Seq2SeqConfig:
                 value, most = getattr(self, name), self.vocab_size
                 raise ValueError(f"{name} must be in [0, vocab_size = {most}), got {value}")
         if self.pad_id == self.eos_id:
-            raise ValueError(f"pad_id and eos_id are both {self.pad_id}: no sentence could end")
+            raise ValueError(f"pad_id and eos_id must differ; both are {self.pad_id}")
 
 
 # ---- attention -----------------------------------------------------------------------------------
 
 
 class Dropout(nn.Dropout):
-    """`nn.Dropout`, which on a CPU draws 16 random bits per element instead of 64.
+    """`nn.Dropout` that draws 16 random bits per element on a CPU, not 64.
 
-    A training step takes 8 to 10 % less time. `p` is rounded to the nearest 1/65536.
+    Training steps there take 8 to 10 % less time. `p` is rounded to the nearest 1/65536.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -100,20 +100,20 @@ class Dropout(nn.Dropout):
 
 
 def removes_pads(device: torch.device) -> bool:
-    """Whether layers compute real tokens alone. Only on a CPU: elsewhere counting them would make
-    the host wait for the device in every step. Not in ONNX either, which has fixed shapes."""
+    """Whether layers skip pads. Only on a CPU: elsewhere, counting the real tokens would make the
+    host wait for the device in every step. Not in ONNX export, whose shapes are fixed."""
     return device.type == "cpu" and not torch.onnx.is_in_onnx_export()
 
 
 class Unpadded:
     """Where the real tokens of a padded batch [B, T] are, and what they may attend to.
 
-    Layers compute the N real tokens alone, [N, D]. Attention needs rows of equal length: it pads
-    before and unpads after itself. (FlashAttention: `unpad_input`, `pad_input`.) Where pads are
-    not removed, N = B * T, and pads are masked in attention and in the loss.
+    Layers work on the N real tokens only, [N, D]. Attention needs rows of equal length: it pads its
+    input and unpads its output. (FlashAttention: `unpad_input`, `pad_input`.) If pads are not
+    removed, N = B * T, and pads are masked in attention and in the loss.
 
     Attributes: is_causal, and mask, boolean, broadcastable to [B, H, T, T], or None. With
-    `is_causal` pads need no mask: they are to the right of all that a real token may look at.
+    `is_causal` pads need no mask: they lie to the right of every real token.
     """
 
     def __init__(self, real: Tensor, is_causal: bool = False):
@@ -126,11 +126,11 @@ class Unpadded:
             if len(tokens) == real.numel():
                 self.mask = None
                 return
-            # A pad reads the token before it, which is a valid index; the result is masked.
+            # Pads read any valid index, here that of the token before; the result is masked.
             count = real.flatten().cumsum(0)  # [B * T]
             self._tokens, self._places = tokens, (count - 1).clamp_min(0)
         elif is_causal and torch.onnx.is_in_onnx_export():
-            # `is_causal` exports as Trilu, which Modlee's converter cannot read.
+            # `is_causal` is exported as Trilu, which Modlee's converter cannot read.
             steps = torch.arange(real.size(1), device=real.device)
             self.mask, self.is_causal = ~(steps[None, :] > steps[:, None]), False  # [T, T]
 
@@ -163,9 +163,9 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(d_model, d_model)
 
     def project(self, x: Tensor, first: int, count: int, tokens: Unpadded | None = None) -> Tensor:
-        """`count` of the projections (0 query, 1 key, 2 value), from number `first` on.
+        """`count` of the projections (0 query, 1 key, 2 value), starting at `first`.
 
-        x [N, D] of the real `tokens`, or without them [B, T, D] -> [count, B, H, T, Dh].
+        x [N, D] of the real `tokens`, or [B, T, D] without `tokens` -> [count, B, H, T, Dh].
         """
         weight, bias = self.in_proj.weight, self.in_proj.bias
         if count < 3:
@@ -181,7 +181,7 @@ class Attention(nn.Module):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal=False
     ) -> Tensor:
-        """Scaled dot-product attention, its heads side by side, before `out_proj`: [B, T, D].
+        """Scaled dot-product attention with concatenated heads, before `out_proj`: [B, T, D].
 
         query [B, H, T, Dh], key and value [B, H, S, Dh], mask boolean, broadcastable to
         [B, H, T, S].
@@ -246,7 +246,7 @@ class DecoderLayer(EncoderLayer):
     def forward(
         self, x: Tensor, target: Unpadded, memory: Tensor, source: Unpadded, positions: nn.Module
     ) -> Tensor:
-        """All positions at once, for training.
+        """All positions at once, as in training.
 
         x [N, D], the real tokens of `target`, and memory [M, D], those of `source` -> [N, D].
         """
@@ -265,8 +265,8 @@ class DecoderLayer(EncoderLayer):
     def step(self, x: Tensor, index: int, cache: "KeyValueCache", positions: nn.Module) -> Tensor:
         """One more token of every hypothesis: x [R, D] -> [R, D].
 
-        A hypothesis has keys and values of its own, in layer `index` of the cache; the K of a
-        sentence attend to its memory together.
+        Each hypothesis has its own keys and values, in layer `index` of the cache. The K hypotheses
+        of a sentence share its memory.
         """
         attention = self.self_attention
         h = self.self_attention_norm(x) if self.norm_first else x
@@ -319,7 +319,7 @@ class TransformerSeq2SeqModel(nn.Module):
         self.decoder_layers = nn.ModuleList(
             DecoderLayer(config) for _ in range(config.num_decoder_layers)
         )
-        # Post-LN layers end normalised; the sum that leaves a pre-LN stack does not.
+        # Post-LN layers end in a norm; a pre-LN stack needs one more.
         final_norm = nn.LayerNorm if config.norm_first else nn.Identity
         self.encoder_norm = final_norm(config.d_model)
         self.decoder_norm = final_norm(config.d_model)
@@ -328,13 +328,13 @@ class TransformerSeq2SeqModel(nn.Module):
         self.tie_embeddings()
 
     def tie_embeddings(self) -> None:
-        """Make output and embedding one parameter, if the configuration says so.
+        """Share one parameter between embedding and output, if configured.
 
-        To be called again after `copy.deepcopy` and after `load_state_dict(weights, assign=True)`.
+        Call it again after `copy.deepcopy` and after `load_state_dict(weights, assign=True)`.
         """
         if self.config.tie_embeddings:
             self.output.weight = self.embedding.weight
-            # The lookup gives the row of pad no gradient; the output must not either.
+            # The lookup gives the pad row no gradient; the output layer must not either.
             self.embedding.weight.register_post_accumulate_grad_hook(self._keep_pad)
 
     def _keep_pad(self, weight: Tensor) -> None:
@@ -343,7 +343,7 @@ class TransformerSeq2SeqModel(nn.Module):
     def reset_parameters(self) -> None:
         """Glorot-uniform matrices, zero biases, embeddings with standard deviation 1 / sqrt(D).
 
-        The embedding of pad is zero and stays so: the decoder starts from nothing, as in Marian.
+        The pad embedding is zero and stays zero: the decoder starts from it, as in Marian.
         """
         for name, parameter in self.named_parameters():
             if name.startswith(("embedding.", "positions.", "output.")):
@@ -356,16 +356,16 @@ class TransformerSeq2SeqModel(nn.Module):
             self.embedding.weight[self.config.pad_id] = 0
 
     def embed(self, ids: Tensor, offset: int = 0) -> Tensor:
-        """ids [B, T] at positions `offset` on -> [B, T, D], scaled by sqrt(D) (section 3.4)."""
+        """ids [B, T], from position `offset` on -> [B, T, D], scaled by sqrt(D) (section 3.4)."""
         scaled = self.embedding(ids) * math.sqrt(self.config.d_model)
         return self.positions.embed(scaled, offset)
 
     def encode(self, input_ids: Tensor) -> tuple[Tensor, Unpadded]:
-        """input_ids [B, S] -> (memory [M, D] of its M real tokens, where these are).
+        """input_ids [B, S] -> (memory [M, D] of the M real tokens, their `Unpadded`).
 
-        In a row of pads alone the first counts as a token, so that no softmax is empty.
+        In a row of only pads the first one counts as real, so that no softmax is empty.
         """
-        # `<` on an arange, and no assignment: the form that Modlee's graph export can read.
+        # Uses `<` and no assignment, so that Modlee's graph export can convert it.
         first = torch.arange(input_ids.size(1), device=input_ids.device) < 1  # [S]
         source = Unpadded(input_ids.ne(self.config.pad_id) | first)
         x = self.dropout(source.unpad(self.embed(input_ids)))  # [M, D]
@@ -391,15 +391,15 @@ class TransformerSeq2SeqModel(nn.Module):
         return self.project(self.decoder_norm(x))
 
     def project(self, hidden: Tensor) -> Tensor:
-        """hidden [..., D] -> logits [..., V], without the rows that round the matrix up."""
+        """hidden [..., D] -> logits [..., V], without the rows added by `VOCAB_MULTIPLE`."""
         return F.linear(hidden, self.output.weight[: self.config.vocab_size])
 
     def loss(self, hidden: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """`sequence_loss` of `project(hidden)` in less time and memory.
 
-        hidden [N, D], labels [N] token ids, pads among them ignored -> summed loss [].
+        hidden [N, D], labels [N] token ids, of which pads are ignored -> summed loss [].
         """
-        # No gradient reaches the hidden state of a pad, nor the output weights from it.
+        # Pads contribute no gradient, neither to hidden states nor to the output weights.
         hidden = hidden.masked_fill(labels.eq(self.config.pad_id)[:, None], 0)
         weight, needs_grad = self.output.weight, torch.is_grad_enabled()
         return _ProjectedLoss.apply(
@@ -413,18 +413,18 @@ class TransformerSeq2SeqModel(nn.Module):
         labels: Tensor | None = None,
         label_smoothing: float = 0.0,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits of the next token at every target position, or with labels the loss.
+        """Logits of the next token at every target position, or, with `labels`, the loss.
 
         Args:
             input_ids: [B, S] int64, padded on the right; or the list [input_ids,
                 decoder_input_ids], which is how Modlee calls a model.
-            decoder_input_ids: [B, T] int64, the target shifted right (`shift_right`). None: that of
-                the labels, or else the start token alone, T = 1.
+            decoder_input_ids: [B, T] int64, the target shifted right (`shift_right`). None: the
+                shifted labels, or without labels only the start token (T = 1).
             labels: [B, T] int64, ending in eos, padded on the right. label_smoothing: see
                 `sequence_loss`.
 
-        Returns: [B, T, V], V = vocab_size, float (the autocast dtype where one is active); with
-            labels what `sequence_loss` makes of them, in less time and memory.
+        Returns: [B, T, V], V = vocab_size, float (the autocast dtype if one is active). With
+            `labels`: what `sequence_loss` returns, in less time and memory.
         """
         if isinstance(input_ids, (list, tuple)):
             input_ids, decoder_input_ids = input_ids
@@ -461,11 +461,11 @@ def sequence_loss(
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy in nats, summed over real tokens, and their number.
 
-    The sum and not the mean, because a mean of means weighs a short batch like a long one; divide
-    once, by the tokens of all that makes up an optimizer step.
+    The sum and not the mean, because a mean of means gives a short batch the weight of a long one.
+    Divide once, by all tokens of an optimizer step.
 
     Args:
-        logits: [B, T, V] float. labels: [B, T] int64, `pad_id` where nothing is to be predicted.
+        logits: [B, T, V] float. labels: [B, T] int64, `pad_id` where there is no target.
         label_smoothing: share of probability spread over the vocabulary (Szegedy et al. 2016).
 
     Returns: (loss_sum [] float32, tokens [] int64).
@@ -481,22 +481,22 @@ def sequence_loss(
 
 
 class _ProjectedLoss(torch.autograd.Function):
-    """The vocabulary projection and `sequence_loss` in one, a piece of the tokens at a time.
+    """Vocabulary projection and `sequence_loss` fused, one piece of the tokens at a time.
 
     The gradients of a piece are computed while its logits exist. The logits of all tokens, by far
     the largest tensor of a training step (V / D times the hidden states), never exist at once.
     """
 
     PIECE = 2**26  # logits of a piece, in the dtype of the products: 128 MiB in bfloat16
-    BLOCK, BLOCK_CPU = 2**24, 2**20  # of these in float32 at once; 4 MiB fit a CPU's cache
+    BLOCK, BLOCK_CPU = 2**24, 2**20  # logits in float32 at once; 4 MiB fit into a CPU's cache
 
     @staticmethod
     def forward(ctx, hidden, weight, labels, config, smoothing: float, needs_grad: bool) -> Tensor:
         """hidden [N, D], zero for pads; weight [V or more, D]; labels [N] -> loss [], float32.
-        needs_grad: torch.is_grad_enabled() of the caller; in here it is always False."""
+        needs_grad: torch.is_grad_enabled() of the caller; inside `forward` it is always False."""
         vocab_size, labels = config.vocab_size, labels[:, None]
-        # The dtype in which autocast would multiply. Not float16: these gradients come before the
-        # loss scale that keeps small ones from vanishing.
+        # The dtype that autocast would use, except float16: these gradients come before loss
+        # scaling, so small ones would underflow.
         dtype = F.linear(hidden[:1], weight[:1]).dtype
         dtype = torch.float32 if dtype == torch.float16 else dtype
         x, w = hidden.to(dtype), weight[:vocab_size].to(dtype)
@@ -522,7 +522,7 @@ class _ProjectedLoss(torch.autograd.Function):
             if needs_grad:  # `logits` holds their gradient now
                 torch.mm(logits, w, out=part_grad)
                 more = torch.mm(logits.t(), part, out=torch.empty_like(w))  # [V, D]
-                # Summed in float32, as a copy: adding two dtypes is slow on a CPU.
+                # Converted to float32 first: adding mixed dtypes is slow on a CPU.
                 grad_w = more if grad_w is None else grad_w.float().add_(more.float())
         ctx.rows = len(weight)
         ctx.save_for_backward(grad_x, grad_w)
@@ -532,7 +532,7 @@ class _ProjectedLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
         grad_x, grad_w = ctx.saved_tensors
-        full = grad.new_zeros(ctx.rows, grad_w.size(1))  # also the rows that round the matrix up
+        full = grad.new_zeros(ctx.rows, grad_w.size(1))  # with the rows of `VOCAB_MULTIPLE`
         full[: len(grad_w)] = grad_w
         return grad_x * grad, full.mul_(grad), None, None, None, None
 
@@ -572,7 +572,7 @@ class KeyValueCache:
         return past[:, :, :, :end].unbind()
 
     def reorder(self, rows: list[int]) -> None:
-        """Row i goes on from the past of row `rows[i]`."""
+        """Row i continues from the keys and values of row `rows[i]`."""
         changed = [row for row, parent in enumerate(rows) if row != parent]
         if changed:
             parents = [rows[row] for row in changed]
@@ -581,7 +581,7 @@ class KeyValueCache:
                 written[:, changed] = written[:, parents]
 
     def keep(self, sentences: list[int]) -> None:
-        """Go on with these of the B sentences, in this order; the others leave the batch."""
+        """Keep only these of the B sentences, in this order."""
         self.memory = [memory[:, sentences] for memory in self.memory]
         for layer, past in enumerate(self._past):
             past = past.unflatten(1, (-1, self.width))  # [2, B, K, H, capacity, Dh]
@@ -596,8 +596,8 @@ class KeyValueCache:
 def output_limits(
     config: Seq2SeqConfig, source_lengths: list[int], max_new_tokens: int | None = None
 ) -> list[int]:
-    """How many tokens each translation may have: `max_new_tokens`, or twice its source and ten
-    more; learned positions end at `max_length`."""
+    """Token limit of each translation: `max_new_tokens`, else twice its source plus 10; at most
+    `max_length` with learned positions. Raises ValueError for max_new_tokens < 1."""
     if max_new_tokens is not None and max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     limits = [max_new_tokens or 2 * length + 10 for length in source_lengths]
@@ -617,7 +617,7 @@ def _limits(
 
 @contextlib.contextmanager
 def _decoding(model: TransformerSeq2SeqModel) -> Iterator[None]:
-    """Eval mode, without gradients and autocast; the former state afterwards."""
+    """Eval mode, without gradients and autocast; restores the mode afterwards."""
     training = [module for module in model.modules() if module.training]
     try:
         no_autocast = torch.autocast(model.embedding.weight.device.type, enabled=False)
@@ -654,7 +654,7 @@ def _decode_rows(
         cache = KeyValueCache(model, input_ids)
         while running:
             logits = model.decode_step(next_ids, cache)  # [B', V]
-            logits[:, pad_id] = -math.inf  # the start token is no translation
+            logits[:, pad_id] = -math.inf  # never write the start token
             next_ids = choose(logits, running, cache.length - 1)
             going_on = []
             for row, token in enumerate(next_ids.tolist()):
@@ -676,13 +676,13 @@ def greedy_decode(
 
     Args:
         input_ids: [B, S] int64, padded on the right.
-        max_new_tokens: where a sentence that does not end is cut; default twice its source plus
-            10, so that a row does not depend on its neighbours. Never past learned positions.
+        max_new_tokens: length limit; default: twice the source plus 10, so that a row does not
+            depend on its neighbours. Learned positions limit it further.
 
     Returns: [B, T] int64; pads follow the end of a row. The model is in eval mode for the call.
     """
     limits = _limits(model, input_ids, max_new_tokens)
-    # Not argmax, which takes twice as long on a CPU.
+    # Not argmax, which is twice as slow on a CPU.
     return _decode_rows(model, input_ids, limits, lambda logits, *_: logits.max(dim=-1).indices)
 
 
@@ -732,14 +732,15 @@ class Hypothesis:
 
     tokens: list[int]  # ends in eos, unless the limit cut it off
     log_probs: list[float]  # of each token, in nats
-    score: float | None  # sum of log_probs / number of tokens ** length_penalty; None: not asked
+    # Sum of log_probs / number of tokens ** length_penalty; None: not computed.
+    score: float | None
 
 
 class _Beam:
     """The search for one sentence.
 
-    Attributes: running: hypotheses with the sum of their log-probabilities as score; the index is
-    the row in the cache, None where no hypothesis runs. ended: the best that ended, best first.
+    Attributes: running: by row of the cache, a hypothesis whose score is the sum of its
+    log-probabilities, or None. ended: the best finished hypotheses, best first.
     """
 
     def __init__(self, width: int, length_penalty: float, limit: int):
@@ -749,10 +750,10 @@ class _Beam:
         self.finished = False
 
     def advance(self, candidates: list[tuple[float, float, int, int]], eos_id: int) -> list[int]:
-        """Go on with the best continuations: (sum, log-probability, row, token) in falling order.
+        """Extend by the best continuations: (sum, log-probability, row, token), best first.
 
-        There are twice the width of them, because as many as the width may end at once.
-        Returns: for every row the one whose past it goes on from.
+        There are 2 * width of them, because up to `width` may end at once.
+        Returns: the parent row of every row.
         """
         heirs = []  # (row, hypothesis)
         for rank, (total, log_prob, row, token) in enumerate(candidates):
@@ -768,7 +769,7 @@ class _Beam:
         if length == self.limit:
             for _, hypothesis in heirs:
                 self._end(hypothesis)
-        # If the best continuation ended now, would it still get onto the list?
+        # If the best continuation ended now, would it still enter the list?
         best = candidates[0][0] / length**self.length_penalty
         hopeless = len(self.ended) == self.width and self.ended[-1].score >= best
         self.finished = length == self.limit or hopeless or not heirs
@@ -793,12 +794,12 @@ def beam_search(
 ) -> list[list[Hypothesis]]:
     """The best translations found by keeping `beam_size` hypotheses at every step.
 
-    A hypothesis that ends is put on a list of the `beam_size` best. A sentence is finished, and
-    leaves the batch, when no running hypothesis would get onto it if it ended now. Agrees with
-    `generate` of transformers (early_stopping=False). `beam_size` 1 is greedy decoding.
+    A hypothesis that ends enters a list of the `beam_size` best. A sentence is finished, and leaves
+    the batch, when no running hypothesis could enter it by ending now. Follows `generate` of
+    transformers (early_stopping=False). `beam_size` 1 is greedy decoding.
 
     Args:
-        input_ids, max_new_tokens: as in `greedy_decode`; what runs at the limit ends there.
+        input_ids, max_new_tokens: as in `greedy_decode`; hypotheses are cut at the limit.
         length_penalty: exponent a in score = sum of log-probabilities / length^a. 0: the plain sum,
             which prefers short translations; 1: the mean.
         num_return: hypotheses per sentence, at most `beam_size`.
@@ -825,16 +826,16 @@ def beam_search(
             log_probs = model.decode_step(ids, cache).float().log_softmax(dim=-1)  # [R, V]
             # The best of all continuations are among the best of each hypothesis.
             best, tokens = log_probs.topk(per_row, dim=-1)  # [R, 2K + 1]
-            best.masked_fill_(tokens == config.pad_id, -math.inf)  # no translation
+            best.masked_fill_(tokens == config.pad_id, -math.inf)  # never the start token
             shape = (len(searching), -1)  # [R, 2K + 1] -> [B, K * (2K + 1)]
             totals = (best + sums[:, None]).view(shape)
             totals, order = totals.topk(min(2 * beam_size, totals.size(1)), dim=-1)
             best = best.view(shape).gather(1, order)
             tokens = tokens.view(shape).gather(1, order)
-            # To the host, where a sentence is a few numbers: two copies per step.
+            # The bookkeeping of beams is on the host: two small copies per step.
             numbers = torch.stack([totals, best]).tolist()
             places = torch.stack([order // per_row, tokens]).tolist()
-            rows = []  # the row of the cache that each row goes on from
+            rows = []  # the parent of each row of the cache
             for index, beam in enumerate(searching):
                 candidates = list(zip(*(column[index] for column in (*numbers, *places))))
                 parents = beam.advance(candidates, config.eos_id)
@@ -853,10 +854,10 @@ def beam_search(
 def cross_attention_weights(
     model: TransformerSeq2SeqModel, input_ids: Tensor, labels: Tensor
 ) -> Tensor:
-    """Where each target position looks in the source, while the model reads `labels`.
+    """Cross-attention weights of every target position under teacher forcing.
 
     input_ids [B, S], labels [B, T] int64 -> [L, B, H, T, S], rows that sum to 1; position t is the
-    one that writes labels[:, t].
+    one that predicts labels[:, t].
     """
     found = []
 
@@ -878,10 +879,10 @@ def cross_attention_weights(
 
 
 def count_flops(config: Seq2SeqConfig, source_length: int, target_length: int) -> int:
-    """Floating-point operations of one sentence forward, a multiply-add counted as two.
+    """Floating-point operations of a forward pass over one pair; a multiply-add counts as two.
 
-    The matrix products alone, and only what a causal mask leaves. Training takes three times as
-    many (backward: one product each for inputs and weights).
+    Only matrix products, and only the unmasked part of causal attention. Training takes three times
+    as many (backward: one product each for inputs and weights).
     """
     size, wide = config.d_model, config.dim_feedforward
     layer = 4 * size**2 + 2 * size * wide + 2 * size * source_length  # of one source token

@@ -2,9 +2,9 @@
 
     load_translator("runs/NAME").translate(["The teacher sees you."])
 
-It needs positional.py, seq2seq.py, data.py, numpy, tqdm, safetensors and transformers; sacreBLEU
-for scores, and CTranslate2 for its folders. In reading order: loading, translating, scoring,
-CTranslate2 in the place of the model, export of the weights (`export` in run.py adds the rest).
+It needs positional.py, seq2seq.py, data.py, safetensors and what these import; sacreBLEU for
+scores, and CTranslate2 for its folders. In reading order: loading, translating, scoring,
+CTranslate2 as the engine, export of the weights (`export` in run.py adds the rest).
 """
 
 import json
@@ -41,12 +41,12 @@ ENGINE_HINT = "CTranslate2 is not installed: pip install ctranslate2"
 
 
 def choose_device(name: str) -> torch.device:
-    """auto: CUDA, else Apple's MPS, else the CPU. InputError for what is not there."""
+    """auto: CUDA, else Apple's MPS, else the CPU. Raises InputError for a missing device."""
     has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind in has if has[kind])
     found = ", ".join(kind for kind in has if has[kind])
-    require(has.get(name, False), f"--device {name}: not here; found {found}")
+    require(has.get(name, False), f"--device {name} is not available; found {found}")
     device = torch.device(name)
     if name == "cuda":
         device = torch.device(name, int(os.environ.get("LOCAL_RANK", "0")))
@@ -68,7 +68,7 @@ def load_model(folder: str, device: torch.device, exported: bool = False):
     """(model in eval mode, tokenizer, (source language, target language)). Raises InputError.
 
     The weights are mapped from the file into the model, without being initialised or copied.
-    exported: of a folder exported for CTranslate2, return its `Engine`, and do not refuse it.
+    exported: also accept a folder exported for CTranslate2, and return its `Engine`.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -76,7 +76,7 @@ def load_model(folder: str, device: torch.device, exported: bool = False):
     path = Path(folder).expanduser()
     is_engine = (path / "model.bin").is_file()
     allowed = exported or not is_engine
-    require(allowed, f"{folder} is an exported folder: give the one it was made of")
+    require(allowed, f"{folder} is an exported model: give the original folder")
     try:
         file = path / (ENGINE_FILE if is_engine else "config.json")
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -94,7 +94,7 @@ def load_model(folder: str, device: torch.device, exported: bool = False):
         missing = Path(error.filename or path / "model.safetensors").name
         raise InputError(f"{folder} is no model folder: {missing} is missing") from None
     except KeyError as error:
-        way = "an export to transformers is for transformers"
+        way = "exports to transformers cannot be loaded here"
         raise InputError(
             f"{folder} is no model folder: {file.name} has no {error}; {way}"
         ) from None
@@ -111,12 +111,12 @@ def load_model(folder: str, device: torch.device, exported: bool = False):
 
 @dataclass(eq=False)
 class Translator:
-    """A model that turns lines into lines.
+    """Translates lines.
 
-    Lines are decoded in windows of `TRANSLATE_WINDOW`, so that memory does not grow with the input;
-    in a window they are sorted by length and batched by tokens, so that batches hold few pads. What
-    is longer than the model was trained for is split at the ends of sentences, clauses or words,
-    and translated in pieces.
+    Lines are decoded in windows of `TRANSLATE_WINDOW`, so that memory does not grow with the input.
+    In a window they are sorted by length and batched by tokens, so that batches hold few pads.
+    Lines longer than the model's max_length are split at sentences, clauses or words, and
+    translated in pieces.
     """
 
     model: "TransformerSeq2SeqModel | Engine"
@@ -128,7 +128,7 @@ class Translator:
     num_return: int = 1
     scores: bool = False
     silent: bool = False
-    # What happened -> how many lines, and the numbers of the first of them, from 1.
+    # Problem -> (number of lines, the numbers of the first ones, from 1).
     notes: dict[str, tuple[int, list[int]]] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -145,9 +145,9 @@ class Translator:
         self, lines: Iterable[str], total: int | None = None, window: int = TRANSLATE_WINDOW
     ) -> Iterator[list[tuple[str, float | None]]]:
         """For every line, in order, its `num_return` translations (text, score), best first; the
-        score is None unless asked for. Should `lines` fail, what came before is translated first.
+        score is None unless asked for. If `lines` raises, the lines before it are translated first.
         """
-        numbered = enumerate(lines, 1)
+        numbered, self.notes = enumerate(lines, 1), {}
         settings = {"desc": "translate", "unit": " lines", "unit_scale": True}
         silent = self.silent or not sys.stderr.isatty()
         with progress_bar(total=total, disable=silent, **settings) as bar:
@@ -217,7 +217,7 @@ class Translator:
         self.notes[what] = (lines + 1, (first + [number])[:5])
 
     def report(self, unit: str) -> None:
-        """Say on stderr what did not go the usual way. unit: what was counted."""
+        """Print the notes on stderr. unit: "line" or "pair"."""
         for what, (lines, first) in self.notes.items():
             numbers = ", ".join(map(str, first)) + (" ..." if lines > len(first) else "")
             which = f"{unit} {numbers}" if lines == 1 else f"{lines:,} {unit}s ({numbers})"
@@ -227,8 +227,8 @@ class Translator:
 def split_text(text: str, tokenizer, max_length: int) -> list[list[int]]:
     """Token ids of a text in pieces of at most `max_length` tokens, eos included.
 
-    A text that fits is one piece. Others are cut into sentences, and what is still too long between
-    clauses, else between words, else anywhere.
+    A text that fits is one piece. Others are cut into sentences. Sentences that are still too long
+    are cut between clauses, else between words, else anywhere.
     """
     (ids,) = data.encode_texts([text], tokenizer)
     if len(ids) <= max_length:
@@ -240,7 +240,7 @@ def split_text(text: str, tokenizer, max_length: int) -> list[list[int]]:
         pieces, current, size = [], [], 0  # as much as fits is one piece
         parts = re.split(boundary, text)
         for part, part_ids in zip(parts, data.encode_texts(parts, tokenizer)):
-            # Its eos makes up for the space that it lost.
+            # The eos of each part makes up for the space after it.
             if current and size + len(part_ids) > max_length:
                 pieces.append(" ".join(current))
                 current, size = [], 0
@@ -298,14 +298,14 @@ def score(hypotheses: list[str], references: list[str]) -> dict:
     }
 
 
-# ---- CTranslate2 in the place of the model -------------------------------------------------------
+# ---- CTranslate2 as the engine -------------------------------------------------------------------
 
 
 class Engine:
-    """A folder exported for CTranslate2, in the place of a model.
+    """A folder exported for CTranslate2, used instead of a model.
 
-    Attributes: config: that of the model it was made of. precision: such as int8_float32. parts: of
-    a batch, which are translated at the same time.
+    Attributes: config: of the original model. precision: such as int8_float32. parts: how many
+    parts of a batch are translated at the same time.
     """
 
     def __init__(self, folder: Path, config: Seq2SeqConfig, tokenizer, device: str):
@@ -317,8 +317,8 @@ class Engine:
         self.tokens = tokenizer.convert_ids_to_tokens(range(config.vocab_size))
         self.ids = {token: i for i, token in enumerate(self.tokens)}
         device = device if device == "cuda" else "cpu"  # it knows no other
-        # A thread per part of a batch, so that a single sentence has one core. Threads that share
-        # each product would wait for each other after every operation, longer than they compute.
+        # One thread per part of a batch, so that a single sentence uses one core. Threads sharing
+        # each product would wait for each other longer than they compute.
         self.parts = torch.get_num_threads() if device == "cpu" else 1
         threads = {"inter_threads": self.parts, "intra_threads": 1}
         try:
@@ -344,7 +344,7 @@ class Engine:
             beam_size=beam,
             num_hypotheses=num_return,
             length_penalty=length_penalty,
-            # `beam_search` ends when nothing that runs could get onto its list, which is later.
+            # `beam_search` stops later: when no running hypothesis could enter its list.
             patience=2 if beam > 1 else 1,
             max_decoding_length=max(limits),
             max_input_length=0,
@@ -356,9 +356,9 @@ class Engine:
             hypotheses.append([])
             for place, tokens in enumerate(result.hypotheses):
                 ids, log_probs, score = [self.ids[token] for token in tokens][:limit], [], None
-                if scores:  # of the whole; what each token adds is not told
+                if scores:  # of the whole hypothesis; CTranslate2 gives none per token
                     score, count = result.scores[place], max(1, len(tokens))
-                    log_probs = [score * count**length_penalty / count] * len(tokens)
+                    log_probs = [score * count**length_penalty / count] * len(ids)
                 hypotheses[-1].append(Hypothesis(ids, log_probs, score))
         return hypotheses
 
@@ -367,12 +367,12 @@ class Engine:
 
 
 def exported_positions(config: Seq2SeqConfig) -> int:
-    """Rows of the position table in an exported folder: all that can be decoded, and to spare."""
+    """Rows of the position table in an export: enough for all that can be decoded."""
     return max(1024, *output_limits(config, [config.max_length]))
 
 
 def transformers_settings(config: Seq2SeqConfig, vocab_size: int) -> dict:
-    """Ours in the words of transformers' Pegasus and Marian."""
+    """Our configuration as arguments of PegasusConfig and MarianConfig."""
     settings = {"vocab_size": vocab_size, "d_model": config.d_model, "dropout": config.dropout}
     settings |= {"max_position_embeddings": exported_positions(config), "scale_embedding": True}
     settings |= {"tie_word_embeddings": config.tie_embeddings}
@@ -406,9 +406,9 @@ TRANSFORMERS_NAMES = {
 def to_transformers(model: TransformerSeq2SeqModel):
     """The same model as transformers' Pegasus (pre-LN) or Marian (post-LN), weights copied.
 
-    Their sinusoidal table has all sines first, then all cosines; ours takes turns, as the paper
-    does. So the channels of the residual stream are permuted wherever a weight reads or writes
-    them. Raises InputError for positions that neither of them has.
+    Their sinusoidal table has all sines first, then all cosines; ours interleaves them, as the
+    paper does. So the channels of the residual stream are permuted wherever a weight reads or
+    writes them. Raises InputError for positions that neither of them has.
     """
     import transformers
 
@@ -456,18 +456,18 @@ def to_transformers(model: TransformerSeq2SeqModel):
     generation = exported.generation_config
     generation.max_length = exported_positions(config) // 2  # else 20 tokens
     generation.num_beams = 1
-    generation.suppress_tokens = [config.pad_id]  # the start token is no translation
+    generation.suppress_tokens = [config.pad_id]  # never write the start token
     return exported.eval()
 
 
 def complete_tokenizer(tokenizer, config: Seq2SeqConfig) -> None:
-    """Make the tokenizer do by itself what data.py does around it: normalise the text, end it
-    in eos, leave spaces alone when it decodes."""
+    """Build into the tokenizer what data.py does around it: normalise the text, append eos, keep
+    spaces when decoding."""
     from tokenizers import Regex, normalizers, processors
 
     eos, tokenizer.model_max_length = tokenizer.eos_token, exported_positions(config)
     tokenizer.clean_up_tokenization_spaces = False
-    # No token types, which such models do not take; both places, for transformers 4 and 5.
+    # No token_type_ids, which these models reject; set twice, for transformers 4 and 5.
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
     tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names
     backend = tokenizer.backend_tokenizer
@@ -543,7 +543,7 @@ def to_ctranslate2(
             put(target.ffn.linear_1, layer.linear2)
     decoder.projection.weight = array(model.output.weight[: config.vocab_size])
     bias = np.zeros(config.vocab_size, np.float32)
-    bias[config.pad_id] = -1e9  # the start token is no translation
+    bias[config.pad_id] = -1e9  # never write the start token
     decoder.projection.bias = bias
     tokens = tokenizer.convert_ids_to_tokens(range(config.vocab_size))
     spec.register_source_vocabulary(tokens)

@@ -1,1 +1,1 @@
-"""Scripts run by hand, from the folder above: python -m benchmarks.NAME --help"""
+"""Scripts run by hand from the folder above: python -m benchmarks.train, decode, quality, ..."""

@@ -4,8 +4,8 @@ same weights.
     python -m benchmarks.decode --model runs/NAME --json benchmarks/decode-demo.json
     python -m benchmarks.decode --size tutorial --batch 32 --beam 4    (as on the H200)
 
-Every library is a process of its own. They take turns, and none is timed before its output is
-compared. CTranslate2 takes part where it is installed.
+Every library is a process of its own. They take turns. The table says how many sentences have the
+same output as ours. CTranslate2 takes part if it is installed.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ from pathlib import Path
 from statistics import median
 from typing import Literal
 
+import numpy as np
 import torch
 
 import data
@@ -29,11 +30,13 @@ import translate
 from benchmarks.harness import (
     describe_machine,
     matmul_rate,
+    median_interval,
     run_script,
     serving,
     start,
     synchronize,
     take_turns,
+    with_interval,
 )
 from data import InputError
 from run import TrainConfig
@@ -44,7 +47,7 @@ from seq2seq import TransformerSeq2SeqModel, beam_search, greedy_decode
 class DecodeBench:
     """Decoding speed, this program beside transformers' generate and CTranslate2."""
 
-    model: str | None = None  # model folder; None: random weights, which never end
+    model: str | None = None  # model folder; None: random weights, which never write eos
     size: Literal["demo", "tutorial"] = "demo"  # of random weights
     sentences: int = 64  # how many sentences to decode
     batch: tuple[int, ...] = (1, 32)  # sentences decoded together
@@ -62,7 +65,7 @@ def reference_case(config: DecodeBench, device: torch.device):
         vocabulary = {"demo": 800, "tutorial": 32_100}[config.size]
         torch.manual_seed(0)
         model = TransformerSeq2SeqModel(vocab_size=vocabulary, **sizes).to(device)
-        with torch.no_grad():  # eos never wins: every sentence is as long as allowed
+        with torch.no_grad():  # eos never wins, so every sentence is as long as allowed
             model.embedding.weight[model.config.eos_id] = 0
         lengths = torch.randint(5, 25, (config.sentences,)).tolist()
         ids = [[*torch.randint(3, vocabulary, (length,)).tolist(), 1] for length in lengths]
@@ -74,7 +77,7 @@ def reference_case(config: DecodeBench, device: torch.device):
 
 
 class Numbered:
-    """In the place of a tokenizer: token i is "i"."""
+    """Stands in for a tokenizer: token i is "i"."""
 
     unk_token = None
 
@@ -153,8 +156,9 @@ def without_ends(row: list[int], config) -> list[int]:
 
 
 def serve_library(name: str, config: DecodeBench, pipe) -> None:
-    """A library in this process, which is its own: says None once loaded, then answers (batch size,
-    beam size, passes). No passes: the first run, (outputs, seconds). Else: seconds of a pass."""
+    """Runs in a process of its own. Sends None once the library is loaded, then answers (batch
+    size, beam size, passes): without passes (outputs, seconds) of a first run, else seconds of a
+    pass."""
     device = translate.choose_device(config.device)
     try:
         model, tokenizer, sentences = reference_case(config, device)
@@ -178,7 +182,7 @@ def serve_library(name: str, config: DecodeBench, pipe) -> None:
             if not passes:
                 pipe.send(decode(batches))
                 continue
-            # Threads and caches had time to fall asleep.
+            # Wakes up threads and caches, which idled during other turns.
             warm = time.perf_counter() + 0.2
             while time.perf_counter() < warm:
                 decode([batches[0][:1]])
@@ -197,12 +201,12 @@ def compare(serve: dict[str, Callable], size: int, beam: int, config: DecodeBenc
     tokens = sum(min(len(row) + 1, config.max_new_tokens) for row in ours)  # with eos
     rows = []
     for name, taken in seconds.items():
-        ratios = [theirs / mine for mine, theirs in zip(seconds["ours"], taken)]
+        ratios = np.divide(taken, seconds["ours"])
         row = {"library": name, "batch": size, "beam": beam, "sentences": len(ours)}
         row["same_output"] = sum(map(list.__eq__, ours, outputs[name]))
         row |= {"tokens": tokens, "tokens_per_second": round(tokens / median(taken), 1)}
         row["ms_per_sentence"] = round(1e3 * median(taken) / len(ours), 3)
-        row["ours_is_faster"] = [round(f(ratios), 2) for f in (median, min, max)]
+        row["ours_is_faster"] = [round(value, 2) for value in median_interval(ratios)]
         rows.append(row | {"passes": passes, "turn_seconds": [round(v, 5) for v in taken]})
     return rows
 
@@ -210,7 +214,6 @@ def compare(serve: dict[str, Callable], size: int, beam: int, config: DecodeBenc
 def main(config: DecodeBench) -> dict:
     counts = (config.sentences, config.max_new_tokens, config.turns, *config.batch, *config.beam)
     data.require(min(counts) >= 1, "all counts must be at least 1")
-    run.check_report(config.json)
     device = translate.choose_device(config.device)
     model, _, sentences = reference_case(config, device)
     rate = matmul_rate(device)
@@ -228,15 +231,11 @@ def main(config: DecodeBench) -> dict:
     print(f"{report['machine']}; {len(sentences)} sentences, {report['matmul_gflops']} GFLOP/s")
     print(f"{'':18}batch  beam  same  tokens/s  ms/sentence  ours is faster by")
     for row in report["rows"]:
-        ratio = "{:.2f} ({:.2f} to {:.2f})".format(*row["ours_is_faster"])
+        ratio = with_interval(*row["ours_is_faster"])
         print(
             f"{row['library']:18}{row['batch']:5}{row['beam']:6}{row['same_output']:6}"
             f"{row['tokens_per_second']:10,.0f}{row['ms_per_sentence']:13.2f}  {ratio}"
         )
-    for name, reason in report["left_out"].items():
-        print(f"left out: {name}: {reason}")
-    if config.json:
-        run.write_json(Path(config.json).expanduser(), report)
     return report
 
 

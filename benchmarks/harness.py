@@ -49,7 +49,7 @@ def serving(target: Callable, jobs: dict[str, tuple]) -> Iterator[dict[str, Call
             pipes[name], other_end = context.Pipe()
             arguments = (target, *arguments, other_end)
             process = context.Process(target=begin_service, args=arguments, daemon=True)
-            with signals_later():  # when the process is there to be killed
+            with signals_later():  # until the process is in the list of those to kill
                 process.start()
                 processes.append(process)
             other_end.close()
@@ -61,12 +61,12 @@ def serving(target: Callable, jobs: dict[str, tuple]) -> Iterator[dict[str, Call
 
 @contextlib.contextmanager
 def signals_later() -> Iterator[None]:
-    """Signals that come during the block are handled when it ends: by noting them, since other
-    threads have no mask. A process that is started in the block begins with the signals masked,
-    for should it die before it has read what to do, the one that writes to it would wait."""
+    """Defer signals until the block ends, by noting them, since other threads have no mask. A
+    process started in the block begins with the signals masked: if it were killed before it has
+    read its job, its parent would wait forever."""
     came = []
     handlers = {n: signal.signal(n, lambda n, _: came.append(n)) for n in run.STOP_SIGNALS}
-    resource_tracker.ensure_running()  # which unblocks them, when it begins
+    resource_tracker.ensure_running()  # its start would unblock them
     before = signal.pthread_sigmask(signal.SIG_BLOCK, run.STOP_SIGNALS)
     try:
         yield
@@ -79,16 +79,17 @@ def signals_later() -> Iterator[None]:
 
 
 def begin_service(target: Callable, *arguments) -> None:
-    """The first thing in a process that `serving` begins, and will kill."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # for the process that asks
+    """Entry point of the processes that `serving` starts and kills."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it
     signal.pthread_sigmask(signal.SIG_UNBLOCK, run.STOP_SIGNALS)
-    # tqdm's own lock is a semaphore, which a killed process leaves behind.
+    # tqdm's own lock is a semaphore, which a killed process would leave behind.
     tqdm.set_lock(threading.RLock())
     target(*arguments)
 
 
 def start(serve: dict[str, Callable], left_out: dict[str, str]) -> None:
-    """Wait until all have begun. Those that cannot go from `serve` to `left_out`, with reasons."""
+    """Wait until all are ready. Those that fail are moved from `serve` to `left_out`, with the
+    reason."""
     for name in list(serve):
         try:
             serve[name]()
@@ -100,7 +101,7 @@ def start(serve: dict[str, Callable], left_out: dict[str, str]) -> None:
 def take_turns(
     serve: dict[str, Callable], turns: int, bar, question: tuple = (True,)
 ) -> dict[str, list]:
-    """Ask each in turn, each order and then its reverse. Returns name -> answers [turns]."""
+    """Ask each in turn, in alternating order. Returns name -> answers [turns]."""
     answers = {name: [] for name in serve}
     for turn in range(turns):
         for name in serve if turn % 2 == 0 else reversed(serve):
@@ -110,10 +111,14 @@ def take_turns(
 
 
 def median_interval(values: np.ndarray) -> list[float]:
-    """values [N] -> their median with its bootstrapped 95 % interval: [median, low, high]."""
+    """values [N] -> [median, low, high]: their median with its bootstrapped 95 % interval."""
     picks = np.random.default_rng(0).integers(len(values), size=(2000, len(values)))
     low, high = np.percentile(np.median(values[picks], axis=1), [2.5, 97.5])
     return [float(np.median(values)), float(low), float(high)]
+
+
+def with_interval(median: float, low: float, high: float) -> str:
+    return f"{median:.2f} ({low:.2f} to {high:.2f})"
 
 
 def synchronize(device: torch.device) -> None:
@@ -123,7 +128,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def matmul_rate(device: torch.device, precision: str = "fp32", size: int = 0, seconds=1.0) -> float:
-    """FLOP/s of a product of two square matrices, the best seen in that time."""
+    """FLOP/s of a product of two square matrices: the best within that time."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     size = size or (2048 if device.type == "cpu" else 8192)
     a, b = torch.ones(2, size, size, device=device, dtype=dtype)
@@ -144,7 +149,7 @@ def memory_peak(device: torch.device, reset: bool = False) -> int | None:
         return torch.cuda.max_memory_allocated()
     try:
         if reset:
-            # Give back what others have freed, or this one would seem to need nothing.
+            # Returns freed memory to the system; its reuse would not raise the peak.
             ctypes.CDLL(None).malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")
         status = Path("/proc/self/status").read_text()
@@ -163,9 +168,16 @@ def describe_machine(device: torch.device) -> dict:
 
 
 def run_script(main: Callable, config: type, name: str) -> None:
-    """`python -m benchmarks.NAME`: what the user can mend ends in one line."""
+    """`python -m benchmarks.NAME`: main(settings) prints and returns a report, which --json keeps.
+    Errors that the user can fix are reported in one line."""
     try:
-        main(tyro.cli(config, prog=f"python -m benchmarks.{name}"))
+        settings = tyro.cli(config, prog=f"python -m benchmarks.{name}")
+        run.check_output_file(settings.json)
+        report = main(settings)
+        for what, reason in report.get("left_out", {}).items():
+            print(f"left out: {what}: {reason}")
+        if settings.json:
+            run.write_json(Path(settings.json).expanduser(), report)
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -37,12 +37,13 @@ from benchmarks.harness import (
     start,
     synchronize,
     take_turns,
+    with_interval,
 )
 from data import InputError, require
 from run import PAPER_BASE, Prepared, State, TrainConfig, print_field
 from seq2seq import Seq2SeqConfig, count_flops
 
-WINDOW = run.LOG_EVERY  # steps in a turn: all that is periodic comes round once
+WINDOW = run.LOG_EVERY  # steps in a turn: one period of all periodic work
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,10 @@ class Arm:
 
     label: str
     trainer: dict | None = None  # changes of the Trainer's arguments; None: the raw loop
-    callback: str | None = None  # one that is added, see `run_arm`
+    callback: str | None = None  # an added one, see `run_arm`
     modlee: tuple[str, ...] | None = None  # which of its callbacks, by parts of their names
     compile: bool = False
-    wait: bool = False  # for the device after each phase, which tells how long it takes
+    wait: bool = False  # for the device after each phase, to measure how long it takes
 
 
 DEFAULTS = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
@@ -111,7 +112,7 @@ SIZES = {
 
 
 class RepeatingSampler(data.BucketBatchSampler):
-    """The same WINDOW batches over and over in one long epoch: any two turns are the same work."""
+    """The same WINDOW batches over and over in one long epoch: all turns are the same work."""
 
     repeats = 1000
 
@@ -121,8 +122,8 @@ class RepeatingSampler(data.BucketBatchSampler):
 
 
 class TurnTimer:
-    """Called at the start of a step: after WINDOW of them it answers with what they took, and waits
-    until it is this arm's turn again."""
+    """Called at the start of each step. Every WINDOW steps it sends their times and waits for the
+    next turn."""
 
     def __init__(self, pipe, device: torch.device):
         self.pipe, self.device = pipe, device
@@ -133,7 +134,7 @@ class TurnTimer:
             self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
 
     def clock(self) -> float:
-        """Seconds, which stand still while it waits."""
+        """Seconds, without the time spent waiting for a turn."""
         return time.perf_counter() - self.waited
 
     def __call__(self, state: State) -> None:
@@ -145,8 +146,8 @@ class TurnTimer:
             self.pipe.recv()
         except EOFError:
             os._exit(0)
-        gc.collect()  # which no arm does by itself
-        # Threads fall asleep while others have their turn, and clocks go down.
+        gc.collect()  # switched off within a turn
+        # Wakes up threads and clocks, which idled during other turns.
         matmul_rate(self.device, size=256, seconds=0.1)
         memory_peak(self.device, reset=state.step == WINDOW)
         self.phases.clear()
@@ -172,8 +173,8 @@ class TurnTimer:
 
 @contextlib.contextmanager
 def timed_phases(timer: TurnTimer, wait: bool = False) -> Iterator[None]:
-    """Call the timer before each step, and note in timer.phases how long is spent in what every arm
-    calls. What is left of a step is the loop around it. wait: for the device, after each phase."""
+    """Call the timer before each step, and measure in timer.phases what every arm calls. The rest
+    of a step is the loop around it. wait: for the device, after each phase."""
     from torch.utils.data.dataloader import _BaseDataLoaderIter
 
     def timed(name: str, function: Callable) -> Callable:
@@ -246,8 +247,8 @@ def run_arm(arm: Arm, model, loaders, config: TrainConfig, state: State, prepare
 
 
 def serve_arm(arm: Arm, config: TrainConfig, prepared: Prepared, device_name: str, pipe) -> None:
-    """An arm in this process, which is its own. Answers None once it could begin, and then, each
-    time it is asked, what the next WINDOW steps took."""
+    """Runs an arm in a process of its own. Sends None when ready, then, whenever asked, the times
+    of the next WINDOW steps."""
     os.chdir(Path(config.mlruns).parent)
     for stream in (sys.stdout, sys.stderr):
         os.dup2(os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
@@ -258,17 +259,17 @@ def serve_arm(arm: Arm, config: TrainConfig, prepared: Prepared, device_name: st
         require(not arm.compile or run.compile_model(model), "nothing can compile here")
         with timed_phases(TurnTimer(pipe, device), arm.wait):
             run_arm(arm, model, loaders, config, state, prepared)
-    except Exception as error:  # noqa: BLE001 - whatever it is, the asking process must hear of it
+    except Exception as error:  # noqa: BLE001 - any error must reach the parent
         pipe.send(InputError(f"{arm.label}: {type(error).__name__}: {data.one_line(error)}"))
 
 
 def check_losses(answers: dict[str, list[dict]]) -> None:
-    """InputError where an arm trains differently: what it took would say nothing."""
+    """Raise InputError if an arm trains differently: its times would mean nothing."""
     losses = {name: found[-1]["losses"] for name, found in answers.items()}
     expected = next(iter(losses.values()))
     for name, points in losses.items():
-        # Bit for bit where it can be. Compiled code and GPUs add in another order, and what that
-        # changes grows from step to step: only the first point tells whether the work is the same.
+        # Bit for bit if possible. Compiled code and GPUs add in another order, and the difference
+        # grows from step to step: only the first point shows whether the work is the same.
         exact = not ARMS[name].compile and not torch.cuda.is_available()
         tolerance, count = (0, None) if exact else (1e-2, 1)
         same = np.allclose(points[:count], expected[:count], rtol=tolerance, atol=0)
@@ -277,7 +278,7 @@ def check_losses(answers: dict[str, list[dict]]) -> None:
 
 
 def describe_work(sampler: data.BucketBatchSampler, config: Seq2SeqConfig) -> dict:
-    """What a step has to do, on average over a turn: tokens and FLOPs without pads."""
+    """Tokens and FLOPs of a step without pads, averaged over a turn."""
     rows = np.concatenate(sampler.batches[:WINDOW])
     source, target = sampler.source_lengths[rows], sampler.target_lengths[rows]
     flops = 3 * sum(count_flops(config, *pair) for pair in zip(source.tolist(), target.tolist()))
@@ -326,7 +327,7 @@ def describe_arms(size: str, answers: dict[str, list[dict]], work: dict, peak: f
 def print_bench(report: dict) -> None:
     print_field("machine", f"{report['machine']}, {report['precision']}")
     rate = f"{report['matmul_gflops']:,.0f} GFLOP/s"
-    print_field("matmul", f"{rate} at best in that precision, of which MFU is a share")
+    print_field("matmul", f"{rate} at best in that precision; MFU is a share of it")
     for what, reason in report["left_out"].items():
         print_field("left out", f"{what}: {reason}")
     for size, work in report["sizes"].items():
@@ -344,7 +345,7 @@ def print_bench(report: dict) -> None:
             )
             if row["arm"] != row["beside"]:
                 for kind in ("loop", "whole"):
-                    line += "  {:6.2f} ({:.2f} to {:.2f})".format(*row[f"more_{kind}_ms"])
+                    line += f"   {with_interval(*row[f'more_{kind}_ms'])}"
                 line += f" than {ARMS[row['beside']].label}"
             if "device_ms" in row:
                 line += f"; device {row['device_ms']:.2f}, enqueued in {row['enqueue_ms']:.2f} ms"
@@ -384,8 +385,8 @@ def main(arguments: list[str]) -> int:
     """Group by group of arms and size by size; then the table."""
     config = tyro.cli(BenchConfig, args=arguments, prog="python run.py bench")
     require(not (config.json and config.profile), "--profile measures nothing: leave --json out")
-    run.check_report(config.json)
-    run.check_report(config.profile, key="schemaVersion")
+    run.check_output_file(config.json)
+    run.check_output_file(config.profile, key="schemaVersion")
     turns = config.turns
     if turns is None:
         turns = 4 if config.quick else 12
@@ -419,7 +420,7 @@ def main(arguments: list[str]) -> int:
             profile_steps(settings[middle], prepared, device, path)
             return 0
         for size, group in plan:
-            # The best that the machine did at any time, or a slow moment would flatter all.
+            # The best rate of the whole run: a slow moment would inflate every MFU.
             peak = max(peak, matmul_rate(device, precision))
             case = (settings[size], prepared, config.device)
             with serving(serve_arm, {name: (ARMS[name], *case) for name in group}) as serve:

@@ -46,7 +46,7 @@ class QualityBench:
     held_out: int = 1000  # sentences for validation, and as many for the test
     seed: int = 0  # of weights, split and order
     peers: tuple[str, ...] = ("pegasus", "marian")
-    # of the peers, to choose from on the validation pairs; None: the one chosen, on the test pairs
+    # of the peers, compared on the validation pairs; None: the best one, on the test pairs
     learning_rates: tuple[float, ...] | None = None
     batch_size: int = 48  # pairs, of the peers
     max_epochs: int | None = None  # of ours; None: as the preset has it
@@ -72,14 +72,14 @@ WARMUP_STEPS, SMOOTHING, DROPOUT = 400, 0.1, 0.1
 
 
 def build_peer(peer: Peer, config: TrainConfig, tokenizer):
-    """The peer in the size of ours, with transformers' own start."""
+    """The peer in our size, with transformers' own initialisation."""
     import transformers
 
     ids = {"pad_id": tokenizer.pad_token_id, "eos_id": tokenizer.eos_token_id}
     sizes = run.sizes_of(config) | ids | {"vocab_size": len(tokenizer), "dropout": DROPOUT}
     settings = translate.transformers_settings(Seq2SeqConfig(**sizes), len(tokenizer))
     torch.manual_seed(config.seed)
-    if peer.pre_norm:  # with weights as wide as embeddings are to be
+    if peer.pre_norm:  # with the standard deviation that embeddings need
         made = transformers.PegasusConfig(**settings, init_std=config.d_model**-0.5)
         return transformers.PegasusForConditionalGeneration(made)
     del settings["activation_function"]  # its own, GELU
@@ -163,7 +163,7 @@ def translate_peer(model, texts: list[str], prepared: Prepared, config: TrainCon
 
 
 def write_texts(folder: Path, prepared: Prepared, config: TrainConfig) -> None:
-    """train, dev and test, a file for each language, as our tokenizer sees them."""
+    """train, dev and test, a file for each language, as our tokenizer reads them."""
     sides = ([row.tolist() for row in side] for side in zip(*prepared.train))
     decoded = (
         data.decode_ids(rows, prepared.tokenizer, code)
@@ -192,7 +192,6 @@ def compare(hypotheses: dict[str, list[str]], references: list[str]) -> dict[str
 
 
 def main(config: QualityBench) -> dict:
-    run.check_report(config.json)
     for name in config.peers:
         data.require(name in PEERS, f"--peers {name}: there are {' and '.join(PEERS)}")
     flags = ["--preset", "small", "--dataset", *config.dataset, "--seed", str(config.seed)]
@@ -233,8 +232,6 @@ def main(config: QualityBench) -> dict:
         row |= translate.score(hypotheses[name], references) | {"p": p_values.get(name)}
         report["rows"][name] = row
         print(f"{label:40}{row['bleu']:7.2f} BLEU{row['chrf']:7.2f} chrF  {steps:6,} steps")
-    if config.json:
-        run.write_json(Path(config.json).expanduser(), report)
     return report
 
 

@@ -4,7 +4,7 @@
 
 Same start, optimizer and machine. Every trainee is a process of its own; they take turns. Batches
 of their own hold pairs in random order, padded to the longest (the tutorial's: cut or padded to
-50). x-transformers takes part where it is installed.
+50). x-transformers takes part if it is installed.
 """
 
 import dataclasses
@@ -12,7 +12,6 @@ import math
 import time
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -32,6 +31,7 @@ from benchmarks.harness import (
     start,
     synchronize,
     take_turns,
+    with_interval,
 )
 from benchmarks.lightning import WIDE, WIDEST
 from data import InputError
@@ -112,8 +112,8 @@ class TorchTransformer(nn.Module):
 
 
 class TutorialTransformer(nn.Module):
-    """The tutorial's model as it was written, but that its batches come first: no masks, a loss
-    over pads, the decoder fed with what it is to write."""
+    """The tutorial's model, except that batches come first: no masks, a loss over pads, nothing
+    shifted."""
 
     def __init__(self, config: Seq2SeqConfig):
         super().__init__()
@@ -196,8 +196,8 @@ class Ours(TransformerSeq2SeqModel):
 
 @dataclass(frozen=True)
 class Trainee:
-    """A model and what its batches are: "buckets" (ours), "longest" (shuffled pairs, as many,
-    padded to the longest) or "fixed" (the tutorial's, to 50 tokens)."""
+    """A model and its kind of batches: "buckets" (ours), "longest" (shuffled pairs, as many, padded
+    to the longest) or "fixed" (the tutorial's, 50 tokens)."""
 
     label: str
     build: type
@@ -233,7 +233,8 @@ def same_scale(model: nn.Module, width: int) -> None:
 def serve_trainee(
     trainee: Trainee, config: Seq2SeqConfig, batches: list, device_name: str, precision: str, pipe
 ) -> None:
-    """Answers, whenever asked, what a turn over the batches took; first of all None."""
+    """Runs in a process of its own. Sends None when ready, then, whenever asked, the seconds and
+    the peak memory of a turn over the batches."""
     warnings.filterwarnings("ignore", "enable_nested_tensor")  # of nn.Transformer
     device = translate.choose_device(device_name)
     run.use_tensor_cores(device)
@@ -252,21 +253,19 @@ def serve_trainee(
     pipe.send(None)
     while pipe.recv():
         memory_peak(device, reset=True)
-        started, losses = time.perf_counter(), []
+        started = time.perf_counter()
         for batch in batches:
             optimizer.zero_grad(set_to_none=True)
             with run.autocast(device, precision):
                 loss = model(*batch)
             loss.backward()
             optimizer.step()
-            losses.append(loss.detach())
         synchronize(device)
-        answer = {"seconds": time.perf_counter() - started, "memory": memory_peak(device)}
-        pipe.send(answer | {"loss": torch.stack(losses).mean().item()})
+        pipe.send({"seconds": time.perf_counter() - started, "memory": memory_peak(device)})
 
 
 def cut_batches(dataset: data.PairDataset, kind: str, budget: int, steps: int, multiple: int):
-    """`steps` batches of a kind (see Trainee) that stand for an epoch, and the lengths of the pairs
+    """`steps` batches of a kind (see Trainee) that represent an epoch, and the lengths of the pairs
     in them."""
     sampler = data.BucketBatchSampler(*dataset.lengths, batch_tokens=budget, multiple=multiple)
     if kind == "buckets":  # from short to long, each for an equal share of the batches
@@ -298,10 +297,9 @@ def describe_trainee(answers: list[dict], batches: list, lengths: list, config, 
 
 
 def main(config: TrainBench) -> dict:
-    """Few trainees at a time, which are close in time; ours is always there."""
+    """Trainees run in small groups, close in time, each with ours."""
     data.require(min(config.steps, config.max_length) >= 1, "--steps, --max-length: at least 1")
     data.require(config.turns >= 3, "--turns must be at least 3, or there is no interval")
-    run.check_report(config.json)
     device = translate.choose_device(config.device)
     precision = run.choose_precision(config.precision, device)
     budget = config.batch_tokens or (25_000 if device.type == "cuda" else 2048)
@@ -323,7 +321,7 @@ def main(config: TrainBench) -> dict:
     total = (config.turns + 1) * sum(map(len, groups))
     with data.progress_bar(desc="train", total=total, unit="turn") as bar:
         for group in groups:
-            # The best that the machine did at any time, or a slow moment would flatter all.
+            # The best rate of the whole run: a slow moment would inflate every MFU.
             peak = max(peak, matmul_rate(device, precision))
             more = (config.device, precision)
             jobs = {name: (TRAINEES[name], model, cases[name][0], *more) for name in group}
@@ -343,28 +341,22 @@ def main(config: TrainBench) -> dict:
         report["rows"][name] = row
     report["matmul_gflops"] = round(peak / 1e9, 1)
     print_rows(report)
-    if config.json:
-        run.write_json(Path(config.json).expanduser(), report)
     return report
 
 
 def print_rows(report: dict) -> None:
-    """The table; ratios last, which are what a shared machine lets one trust."""
+    """The table. On a shared machine only the ratios, in the last column, are reliable."""
     print(
         f"\n{report['machine']}, {report['precision']}, {report['size']} size, "
         f"{report['batch_tokens']:,} tokens per batch; matmul {report['matmul_gflops']:,.0f} "
         f"GFLOP/s\n\n{'':34}real tokens/s  ms a step   pads  memory MiB   MFU  ours is faster by"
     )
     for name, row in report["rows"].items():
-        ratio = ""
-        if name != "ours":
-            ratio = "{:.2f} ({:.2f} to {:.2f})".format(*row["ours_is_faster"])
+        ratio = "" if name == "ours" else with_interval(*row["ours_is_faster"])
         print(
             f"{TRAINEES[name].label:34}{row['tokens_per_second']:13,.0f}{row['step_ms']:11,.0f}"
             f"{row['padding_share']:7.1%}{row['memory_mib'] or 0:12,}{row['mfu']:6.0%}  {ratio}"
         )
-    for name, reason in report["left_out"].items():
-        print(f"left out: {TRAINEES[name].label}: {reason}")
 
 
 if __name__ == "__main__":
