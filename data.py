@@ -216,8 +216,8 @@ def _csv_records(path: Path, delimiter: str) -> Iterator[tuple[str, list[str]]]:
         for fields in reader:
             yield f"{path}:{reader.line_num}", fields
     except csv.Error as error:
-        way = "write a quote inside a quoted text twice, or give a .tsv file, which has no quoting"
-        raise InputError(f"{path}:{reader.line_num}: {one_line(error)}; {way}") from None
+        hint = "write a quote inside a quoted text twice, or give a .tsv file, which has no quoting"
+        raise InputError(f"{path}:{reader.line_num}: {one_line(error)}; {hint}") from None
 
 
 def _csv_delimiter(path: Path) -> str:
@@ -394,12 +394,12 @@ def _choose_columns(
         known = {*LANGUAGES, *map(language_code, languages)}
         named = table.names is not None or any(language_code(name) in known for name in names)
         if named or len(names) != 2:
-            way = "pick two by name or number, such as --columns 1 2"
+            hint = "pick two by name or number, such as --columns 1 2"
             if len(names) < 2:
-                way = "each side needs a column of its own"
+                hint = "each side needs a column of its own"
             raise InputError(
                 f"{table.label}: no columns for {languages[0]} and {languages[1]}, found {listed}; "
-                f"{way}"
+                f"{hint}"
             )
         note(f"{table.label} names no languages: column 1 is {languages[0]}, 2 is {languages[1]}")
         found = 0, 1

@@ -397,8 +397,8 @@ def prepare_data(config: TrainConfig) -> Prepared:
     fitting = data.PairDataset(encode(validation, dropped=over_long))
     dropped["over-long validation"] = over_long["over-long"]
     left = len(train) > 0 and len(fitting) > 0
-    way = "; raise --max-length" if dropped["over-long"] else ""
-    require(left, f"training or validation is empty{data.describe_dropped(dropped)}{way}")
+    hint = "; raise --max-length" if dropped["over-long"] else ""
+    require(left, f"training or validation is empty{data.describe_dropped(dropped)}{hint}")
     sides = zip(zip(*kept), languages)
     lost = tuple(data.round_trip_loss(list(side), tokenizer, code) for side, code in sides)
     return Prepared(tokenizer, train, fitting, validation, test or [], dict(dropped), lost)
@@ -1426,7 +1426,7 @@ def read_checkpoint(folder: Path, silent: bool = False) -> dict:
             with path.open("rb") as file:
                 # Another format than zip could execute code, up to torch 2.5 (CVE-2025-32434).
                 if file.read(4) != b"PK\x03\x04":
-                    raise ValueError("it is no zip archive")
+                    raise ValueError("it is not a zip archive")
                 if damaged := zipfile.ZipFile(file).testzip():  # torch compares no checksums
                     raise ValueError(f"{damaged} is damaged")
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -1504,7 +1504,7 @@ def settings_of_model(folder: str) -> tuple[dict, dict]:
         fixed["tokenizer"] = str(path.absolute())
         languages = {name: content[name] for name in ("source_lang", "target_lang")}
     except (OSError, ValueError, LookupError, TypeError):
-        raise InputError(f"--init: {folder} is no model folder of this program") from None
+        raise InputError(f"--init: {folder} is not a model folder of this program") from None
     untied = f"--init: {folder} has untied embeddings, which no run here trains"
     require(model.tie_embeddings, untied)
     return languages, fixed
@@ -1695,9 +1695,9 @@ def train(config: TrainConfig) -> int:
         checkpoints, output = checkpoint_folder(config), Path(config.output).expanduser()
         own = Path(f"{output}.checkpoints").resolve() == checkpoints.resolve()
         check_output(output, replace=config.resume is not None and own)
-        way = f"continue it with --resume {shlex.quote(str(checkpoints))}, or delete it"
+        hint = f"continue it with --resume {shlex.quote(str(checkpoints))}, or delete it"
         free = config.resume is not None or not any(checkpoints.glob("step-*.pt"))
-        require(free, f"{checkpoints} belongs to another run: {way}")
+        require(free, f"{checkpoints} belongs to another run: {hint}")
         check_writable(checkpoints, "--output")
     if config.resume is not None:
         checkpoint = read_checkpoint(checkpoint_folder(config))
@@ -1745,9 +1745,9 @@ def train(config: TrainConfig) -> int:
             try:  # before scoring, so that an interruption loses no training
                 save_model(output, model, prepared, config, metrics, state)
             except OSError as error:
-                way = f"make room, then --resume {shlex.quote(str(checkpoints))}"
+                hint = f"make room, then --resume {shlex.quote(str(checkpoints))}"
                 raise TrainingError(
-                    f"{error}; training is complete in {checkpoints}: {way}"
+                    f"{error}; training is complete in {checkpoints}: {hint}"
                 ) from None
         place = shlex.quote(str(output))
         search = f" --beam {config.beam}" if config.beam > 1 else ""
@@ -1780,9 +1780,9 @@ def train(config: TrainConfig) -> int:
 def resume(state: State, model: nn.Module, checkpoint: dict, about: dict) -> None:
     """Restore a checkpoint, and print the settings that have changed. Raises InputError."""
     name, was, now = state.config.resume, checkpoint["settings"], about["settings"]
-    way = "to train on others, start a new run from its model with --init"
+    hint = "to train on others, start a new run from its model with --init"
     same = checkpoint["data"] == about["data"]
-    require(same, f"the training pairs or the tokenizer are not those of {name}: {way}")
+    require(same, f"the training pairs or the tokenizer are not those of {name}: {hint}")
     # Within an epoch, a batch number means another batch in another layout.
     same = checkpoint["state"]["batch"] == 0 or checkpoint["layout"] == about["layout"]
     what = "batch size, --accumulate and the number of processes must not change"
@@ -1985,7 +1985,7 @@ def evaluate(config: EvaluateConfig) -> int:
     dataset = config.dataset
     if dataset is None:
         there = Path(config.model).expanduser().is_dir()
-        require(there, f"{config.model} is no model folder: it does not exist")
+        require(there, f"{config.model} is not a model folder: it does not exist")
         parts = [Path(config.model).expanduser() / f"{name}.tsv" for name in ("test", "validation")]
         dataset = tuple(str(path) for path in parts if path.is_file())[:1]
         require(
@@ -2074,8 +2074,8 @@ def main(arguments: list[str]) -> int:
         words = ("out of memory", "can't allocate memory", "not enough memory")
         if isinstance(error, RuntimeError) and not any(word in str(error) for word in words):
             raise
-        way = "lower --batch-tokens or --batch-size, and raise --accumulate"
-        print(f"\nerror: out of memory; {way}", file=sys.stderr)
+        hint = "lower --batch-tokens or --batch-size, and raise --accumulate"
+        print(f"\nerror: out of memory; {hint}", file=sys.stderr)
         return 1
 
 

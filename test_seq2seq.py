@@ -340,7 +340,7 @@ def test_the_same_weights_in_nn_transformer_give_the_same_logits(
     source, target = ragged(rows, 11), ragged(rows, 9, seed=1)
     expected = torch_hidden(reference, model, source, target) @ model.output.weight[:50].T
     logits = model(source, shift_right(target))
-    real = target != 0  # what stands right of a sentence counts nowhere
+    real = target != 0  # what is right of a sentence does not count
     assert close(logits[real], expected[real])
 
     direction = torch.randn(int(real.sum()), 50)
@@ -467,7 +467,7 @@ def test_ctranslate2_translates_alike(kind, norm_first, tied, tmp_path, monkeypa
     translate.to_ctranslate2(model, numbered_tokenizer(50), tmp_path)
     engine = translate.Engine(tmp_path, model.config, numbered_tokenizer(50), "cpu")
     source = torch.cat([ragged(8, 12, seed=seed) for seed in range(4)])
-    source = source[source.ne(0).sum(1) > 1]  # a source that is eos alone it does not translate
+    source = source[source.ne(0).sum(1) > 1]  # it does not translate a source that is only eos
     translator = engine.translator = Mock(wraps=engine.translator)
     found = engine.decode(without_pads(source), 1, 1.0, 1, False)
     most = translator.translate_batch.call_args.kwargs["max_batch_size"]
@@ -552,7 +552,7 @@ def test_the_cache_follows_rows_that_leave_and_hypotheses_that_branch():
         cache.keep([1, 4, 3])
         rows = torch.tensor([2, 3, 8, 9, 6, 7])
         for step in range(6, 12):
-            if step == 9:  # both hypotheses of the first sentence go on from the first's past
+            if step == 9:  # both hypotheses of the first sentence continue its first one
                 cache.reorder([0, 0, 2, 3, 4, 5])
                 rows[1] = 2
             logits = model.decode_step(target[rows, step], cache)
@@ -661,7 +661,7 @@ def test_only_the_best_candidates_may_end():
     within the beam count. Computed by hand: a beam of two, eos is 1."""
     beam = _Beam(width=2, length_penalty=1.0, limit=9)
     first = [(-0.1, -0.1, 0, 5), (-0.2, -0.2, 0, 6), (-0.3, -0.3, 0, 1), (-9, -9, 0, 7)]
-    assert beam.advance(first, eos_id=1) == [0, 0], "the second goes on from the first's past"
+    assert beam.advance(first, eos_id=1) == [0, 0], "the second continues the first"
     assert not beam.ended, "the end of rank three is dropped"
     second = [(-0.4, -0.3, 1, 1), (-0.5, -0.4, 0, 8), (-0.6, -0.5, 0, 9), (-9, -9, 1, 7)]
     assert beam.advance(second, eos_id=1) == [0, 0]
@@ -1090,7 +1090,9 @@ def test_columns_are_picked_by_name_or_number(tmp_path, capsys):
         plain.write_text(f"{names}\n1\tThe lamp.\tLampa.\n", encoding="utf-8")
         assert read_all(plain) == TEXT[:1], "of several of a language the one named after it"
     plain.write_text("3\tThe lamp.\tLampa.\n", encoding="utf-8")
-    assert read_all(plain, columns=("2", "3")) == TEXT[:1], "a number is no text of the first line"
+    assert read_all(plain, columns=("2", "3")) == TEXT[:1], (
+        "a number is not a text of the first line"
+    )
     plain.write_text("sentence\ttext\nThe lamp.\tLampa.\n", encoding="utf-8")
     assert read_all(plain, columns=("sentence", "2")) == TEXT[:1], "one name makes a header"
 
@@ -1601,19 +1603,19 @@ def test_mistyped_flags_are_answered_with_exit_code_2(arguments, message, capsys
         (["--mlruns", str(HERE / "run.py")], "run.py is a file, not a folder"),
         (["--resume", "nowhere"], "nowhere.checkpoints"),
         (["--resume", "nowhere", "--preset", "small"], "remove --preset and --init"),
-        (["--init", "nowhere"], "nowhere is no model folder"),
+        (["--init", "nowhere"], "nowhere is not a model folder"),
         (["translate", "--model", "x", "--batch-tokens", "0"], "at least 1"),
         (["translate", "--model", "x", "--num-return", "2"], "at most --beam"),
         (["translate", "--model", "x", "--length-penalty", "nan"], "length-penalty"),
         (["translate", "--model", "x", "--beam", "2000000"], "at most 1000"),
-        (["translate", "--model", str(HERE)], "no model folder: config.json is missing"),
+        (["translate", "--model", str(HERE)], "not a model folder: config.json is missing"),
         (["translate", "--model", "x", "a\udcff"], "not valid UTF-8"),
         (["evaluate", "--model", "x", "--num-samples", "-1"], "at least 1"),
-        (["evaluate", "--model", "x"], "x is no model folder: it does not exist"),
+        (["evaluate", "--model", "x"], "x is not a model folder: it does not exist"),
         (["evaluate", "--model", str(HERE)], "no test part of its own: add --dataset"),
         (["evaluate", "--model", "x", "--json", "a", "--hypotheses", "./a"], "the same file"),
         (["evaluate", "--model", "x", "--json", "/dev/stdout"], "no file can be written"),
-        (["evaluate", "--model", "no", "--dataset", "x.tsv"], "no model folder"),
+        (["evaluate", "--model", "no", "--dataset", "x.tsv"], "not a model folder"),
         (["evaluate", "--model", "no", "--dataset", "phrasebook"], "the demo trains on"),
         (["evaluate", "--model", "no", "--json", str(HERE / "run.py")], "is not a report"),
         (["evaluate", "--model", "no", "--json", "no/out.json"], "no file can be written"),
@@ -2168,7 +2170,7 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_it_used(
     assert checkpoint["state"]["step"] == 1 and (checkpoint["w"] == 1).all()
     said = capsys.readouterr().err
     assert f"note: {newest} cannot be read" in said
-    assert ("no zip archive" in said) == (damage in (empty, plain_pickle, before_a_zip))
+    assert ("not a zip archive" in said) == (damage in (empty, plain_pickle, before_a_zip))
     assert newest.with_suffix(".damaged").exists() and not newest.exists()
     assert not (tmp_path / "owned").exists()
 
@@ -2499,9 +2501,9 @@ def test_a_run_leaves_a_whole_model_folder_and_nothing_else(folder):
 
 
 def test_a_damaged_model_folder_is_refused(folder, tmp_path, capsys):
-    damages = [("model.safetensors", b"\x80\x04damaged", "no model folder")]
-    damages += [("config.json", b"{}", "no model folder: config.json has no 'source_lang'")]
-    damages += [("config.json", b"not json", "no model folder")]
+    damages = [("model.safetensors", b"\x80\x04damaged", "not a model folder")]
+    damages += [("config.json", b"{}", "not a model folder: config.json has no 'source_lang'")]
+    damages += [("config.json", b"not json", "not a model folder")]
     damages += [("tokenizer.json", b"{}", "neither a model nor a tokenizer")]
     for name, content, message in damages:
         copy = shutil.copytree(folder, tmp_path / f"{name}-{len(content)}")

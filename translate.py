@@ -92,15 +92,15 @@ def load_model(folder: str, device: torch.device, exported: bool = False):
             model.tie_embeddings()
     except FileNotFoundError as error:
         missing = Path(error.filename or path / "model.safetensors").name
-        raise InputError(f"{folder} is no model folder: {missing} is missing") from None
+        raise InputError(f"{folder} is not a model folder: {missing} is missing") from None
     except KeyError as error:
-        way = "exports to transformers cannot be loaded here"
+        hint = "exports to transformers cannot be loaded here"
         raise InputError(
-            f"{folder} is no model folder: {file.name} has no {error}; {way}"
+            f"{folder} is not a model folder: {file.name} has no {error}; {hint}"
         ) from None
     except (OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError) as error:
         reason = data.one_line(error)
-        raise InputError(f"{folder} is no model folder of this program: {reason}") from None
+        raise InputError(f"{folder} is not a model folder of this program: {reason}") from None
     tokenizer = data.load_tokenizer(str(path))
     model = Engine(path, model.config, tokenizer, device.type) if is_engine else model.eval()
     return model, tokenizer, languages
@@ -276,8 +276,8 @@ def load_translator(
     require(precision in ("fp32", "bf16"), f"precision {precision}: fp32 or bf16")
     model, tokenizer, languages = load_model(folder, choose_device(device), exported=True)
     if precision == "bf16":
-        way = "its precision was chosen by export --quantization"
-        require(not isinstance(model, Engine), f"{folder}: {way}, leave bf16 out")
+        hint = "its precision was chosen by export --quantization"
+        require(not isinstance(model, Engine), f"{folder}: {hint}, leave bf16 out")
         model.to(torch.bfloat16)
     return Translator(model, tokenizer, languages, **decoding)
 

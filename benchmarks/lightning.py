@@ -1,9 +1,9 @@
 """What Lightning and Modlee cost per training step, beside the raw loop: `python run.py bench`.
 
-Every arm is a process of its own and trains the same model on the same batches. Losses are compared
-before any time is. Arms take turns of `WINDOW` steps and are compared turn by turn: medians of the
-differences, with bootstrapped 95 % intervals. Beside whole steps stands the loop overhead: the time
-outside of data, forward, backward, clipping and optimizer, which all arms share.
+Every arm is a process of its own and trains the same model on the same batches. Losses must agree
+before anything is timed. Arms take turns of `WINDOW` steps and are compared turn by turn: medians
+of the differences, with bootstrapped 95 % intervals, of whole steps and of the loop overhead: the
+time outside of data, forward, backward, clipping and optimizer, which all arms share.
 """
 
 import contextlib
