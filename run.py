@@ -329,8 +329,8 @@ def check_training(config: TrainConfig) -> None:
     if config.push:
         records = config.loop == "lightning" and config.modlee and config.mlruns != "none"
         require(records, "--push uploads what Modlee records, which is switched off")
-        key = "MODLEE_API_KEY" in os.environ
-        require(key, "--push needs your key in the environment variable MODLEE_API_KEY")
+        key = os.environ.get("MODLEE_API_KEY")
+        require(bool(key), "--push needs your key in the environment variable MODLEE_API_KEY")
     if config.mlruns != "none":
         found = nearest_existing(Path(config.mlruns).expanduser())
         require(found.is_dir(), f"--mlruns {config.mlruns}: {found} is a file, not a folder")
@@ -1443,8 +1443,9 @@ def read_settings(resume: str) -> dict:
     settings = read_checkpoint(folder, silent=True).get("settings", {})
     known = {field.name for field in dataclasses.fields(TrainConfig)}
     require(settings.keys() == known, f"{resume} was written by another version of this program")
-    if folder.name.endswith(".checkpoints"):  # which may have been moved or renamed
-        settings["output"] = str(folder).removesuffix(".checkpoints")
+    output = Path(str(folder).removesuffix(".checkpoints"))
+    if output != folder and output != Path(settings["output"]).expanduser().absolute():
+        settings["output"] = str(output)  # it has been moved or renamed
     if (folder / "tokenizer").is_dir():
         settings["tokenizer"] = str(folder / "tokenizer")
     return settings | {"resume": resume}
@@ -1459,8 +1460,15 @@ def digest_pairs(pairs: data.PairDataset) -> str:
 
 
 def save_tokenizer(tokenizer, folder: Path) -> None:
-    """Write the tokenizer's files such that transformers 4 and 5 both load them."""
+    """Write the tokenizer's files such that old and new transformers and tokenizers load them."""
     tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"model": {}}
+    merges = content["model"].get("merges", [])
+    # Since 0.20 tokenizers writes merges as pairs, which 0.19 cannot read.
+    if merges and isinstance(merges[0], list) and " " not in "".join(chain(*merges)):
+        content["model"]["merges"] = [" ".join(pair) for pair in merges]
+        path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
     path = folder / "tokenizer_config.json"
     text = path.read_text(encoding="utf-8")
     # Version 5 renamed the class, and reads the old name; version 4 knows no other.
@@ -1533,7 +1541,8 @@ def draw_curves(path: Path, state: State) -> None:
     losses.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
     losses.yaxis.set_major_formatter("{x:g}")  # 0.1 and not 10^-1
     losses.yaxis.set_minor_formatter(NullFormatter())
-    scores.set(xlabel="optimizer step", ylabel="BLEU (greedy)", ylim=(0, None))
+    top = 1.05 * max((bleu for _, bleu in state.history["bleu"]), default=0) or 1
+    scores.set(xlabel="optimizer step", ylabel="BLEU (greedy)", ylim=(0, top))
     rates.set(ylabel="learning rate", ylim=(0, None))
     figure.legend(loc="outside upper center", ncols=2, fontsize=9)
     write_file(path, partial(figure.savefig, format="png", dpi=120))
@@ -1600,10 +1609,13 @@ def log_to_mlflow(config: TrainConfig, state: State, **final: float) -> None:
 
     if mlflow.active_run() is None:
         set_mlflow_store(config.mlruns)
-        mlflow.start_run(run_id=state.mlflow_run, run_name=Path(config.output).name)
+        mlflow.start_run(run_id=state.mlflow_run)
     if state.mlflow_run is None:
         state.mlflow_run = mlflow.active_run().info.run_id
-        mlflow.log_params(dataclasses.asdict(config))
+        mlflow.set_tag("mlflow.runName", Path(config.output).name)
+        # Not by their names alone: autolog has logged a "weight_decay" that is Adam's default.
+        settings = dataclasses.asdict(config).items()
+        mlflow.log_params({f"config.{name}": value for name, value in settings})
     for name, points in state.history.items():
         for step, value in points[state.sent[name] :]:
             mlflow.log_metric(name, value, step=step)
@@ -1854,8 +1866,7 @@ def report_run(config, prepared: Prepared, model: nn.Module, train_loader, devic
     print_field("model", f"{parameters / 1e6:.1f} M parameters, {config.positional} positions")
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     print_field("device", f"{name}{threads}, {config.precision}")
-    epochs = f"{config.max_epochs} epochs of {len(train_loader)} batches"
-    print_field("loop", f"{config.loop}, {epochs}")
+    print_field("loop", f"{config.loop}, {config.max_epochs} x {len(train_loader)} batches")
     return {
         "dataset": list(config.dataset),
         "tokenizer": config.tokenizer,

@@ -1,7 +1,7 @@
 """Draw the pictures of the README.
 
 python -m benchmarks.figures                        what Lightning costs, from bench.json
-python -m benchmarks.figures attention DIR 'TEXT'   what a model looks at while it translates
+python -m benchmarks.figures attention DIR 'TEXT'   writes attention.png: what a model looks at
 """
 
 import json
@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.lightning import ARMS, GROUPS
 from data import InputError, require
-from run import write_file
+from run import HELP, write_file
 from seq2seq import cross_attention_weights, greedy_decode
 from translate import load_model, split_text
 
@@ -88,7 +88,9 @@ def draw_attention(folder: str, text: str, path: Path) -> None:
     """Cross-attention of the last decoder layer while a sentence is translated: a panel for the
     mean over heads and one per head, source tokens across, output tokens down."""
     model, tokenizer, _ = load_model(folder, torch.device("cpu"))
-    source = torch.tensor(split_text(text, tokenizer, model.config.max_length)[:1])  # [1, S]
+    pieces = split_text(text, tokenizer, model.config.max_length)
+    require(text.strip() != "" and len(pieces) == 1, "give one sentence that the model can hold")
+    source = torch.tensor(pieces)  # [1, S]
     ids = source, greedy_decode(model, source)
     heads = cross_attention_weights(model, *ids)[-1, 0]  # [H, T, S]
     labels = [[tokenizer.decode([i]).strip() or "▁" for i in side[0].tolist()] for side in ids]
@@ -117,7 +119,9 @@ def main(arguments: list[str]) -> int:
         if arguments[:1] == ["attention"] and len(arguments) == 3:
             draw_attention(*arguments[1:], Path("attention.png"))
             return 0
-        require(not arguments, __doc__)
+        if arguments:
+            print(__doc__)
+            return 0 if arguments[0] in HELP else 2
         report = json.loads((HERE / "bench.json").read_text(encoding="utf-8"))
         draw_bench(report, HERE / "bench.png")
     except (InputError, OSError) as error:
