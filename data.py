@@ -471,8 +471,8 @@ def clean(
 ) -> Iterator[Pair]:
     """Usable pairs; the others are counted in `dropped` by reason.
 
-    Dropped: a side is empty; exact duplicates; the source is held out (`text_key`s of validation
-    and test); one side is longer than three times the other plus 20 characters.
+    Dropped: pairs with an empty side; exact duplicates; held-out sources (`text_key`s of validation
+    and test); pairs with one side longer than three times the other plus 20 characters.
     """
     seen = set()
     for pair in pairs:

@@ -519,7 +519,7 @@ class TrainingError(Exception):
 
 
 def autocast(device: torch.device, precision: str):
-    """The context of a forward pass. None for fp32, since not every device has autocast."""
+    """The context of a forward pass. It does nothing for fp32: not every device has autocast."""
     if precision == "fp32":
         return contextlib.nullcontext()
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
@@ -608,13 +608,14 @@ def sum_over_processes(*values: float) -> list[float]:
     return total.tolist()
 
 
-def prefetch(loader, device: torch.device) -> Iterator[list[Tensor]]:
-    """Batches on the device. On a GPU the host prepares the next batch while the device computes:
-    a copy from pinned memory does not wait for it."""
+def on_device(loader, device: torch.device) -> Iterator[list[Tensor]]:
+    """Batches on the device. To CUDA they are copied from pinned memory, without the host waiting.
+    (To MPS such copies are unsafe.)"""
+    is_cuda = device.type == "cuda"
     for batch in loader:
-        if device.type == "cuda":
+        if is_cuda:
             batch = [ids.pin_memory() for ids in batch]
-        yield [ids.to(device, non_blocking=True) for ids in batch]
+        yield [ids.to(device, non_blocking=is_cuda) for ids in batch]
 
 
 # ---- the state of a run --------------------------------------------------------------------------
@@ -646,7 +647,7 @@ class State:
 
     def __init__(self, config: TrainConfig, train_loader, save=None, after_epoch=None):
         """save: writes a checkpoint (dict) and returns where; after_epoch(state, model)."""
-        self.config, self.write_checkpoint, self.after_epoch = config, save, after_epoch
+        self.config, self.writer, self.after_epoch = config, save, after_epoch
         self.sampler, self.batches = train_loader.batch_sampler, len(train_loader)
         self.step = self.epoch = self.batch = 0
         self.total_steps = count_steps(self)
@@ -745,10 +746,10 @@ class State:
         self.last_save = time.perf_counter()
         settle_losses(self)
         check_finite(self)
-        if self.write_checkpoint:
+        if self.writer:
             checkpoint = {name: part.state_dict() for name, part in self.parts.items()}
             state = {name: getattr(self, name) for name in self.FIELDS}
-            self.checkpoint_path = self.write_checkpoint(checkpoint | {"state": state})
+            self.checkpoint_path = self.writer(checkpoint | {"state": state})
 
 
 def count_steps(state: State) -> int:
@@ -843,7 +844,7 @@ def train_raw(
     for epoch in range(state.epoch, config.max_epochs):
         sampler.set_epoch(epoch)  # skips the batches that a resumed run has done
         model.train()
-        for batch in prefetch(train_loader, device):
+        for batch in on_device(train_loader, device):
             if state.batch % config.accumulate == 0:
                 start_step(optimizer, config, state)
                 optimizer.zero_grad(set_to_none=True)
@@ -875,7 +876,7 @@ def validate(model: nn.Module, loader, config: TrainConfig) -> float:
     device = next(model.parameters()).device
     model.eval()
     losses = []
-    for batch in prefetch(loader, device):
+    for batch in on_device(loader, device):
         with autocast(device, config.precision):
             losses.append(batch_loss(model, batch))
     return mean_loss(losses)
@@ -1438,7 +1439,7 @@ def read_checkpoint(folder: Path, silent: bool = False) -> dict:
 
 
 def read_settings(resume: str) -> dict:
-    """The settings of the run to resume, which flags change."""
+    """The settings of the run to resume; flags override them."""
     folder = checkpoint_folder(TrainConfig(resume=resume)).absolute()
     settings = read_checkpoint(folder, silent=True).get("settings", {})
     known = {field.name for field in dataclasses.fields(TrainConfig)}
@@ -1613,7 +1614,7 @@ def log_to_mlflow(config: TrainConfig, state: State, **final: float) -> None:
     if state.mlflow_run is None:
         state.mlflow_run = mlflow.active_run().info.run_id
         mlflow.set_tag("mlflow.runName", Path(config.output).name)
-        # Not by their names alone: autolog has logged a "weight_decay" that is Adam's default.
+        # With a prefix: autolog has already logged a "weight_decay", which is Adam's default.
         settings = dataclasses.asdict(config).items()
         mlflow.log_params({f"config.{name}": value for name, value in settings})
     for name, points in state.history.items():
@@ -1661,7 +1662,7 @@ def versions() -> dict[str, str | None]:
 
 def check_output_file(name: str | None, key: str | None = "versions") -> None:
     """Raise InputError if a file cannot be written later, or exists and is not JSON with this key
-    (None: exists)."""
+    (key None: or exists at all), unless it is empty."""
     if name is None:
         return
     path = Path(name).expanduser()

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from positional import POSITIONAL_KINDS
 
-# Embedding rows are rounded up to a multiple of this number, which matrix units handle faster.
+# Embedding rows are rounded up to a multiple of this: matrix units prefer round sizes.
 VOCAB_MULTIPLE = 64
 
 
@@ -795,7 +795,7 @@ def beam_search(
     """The best translations found by keeping `beam_size` hypotheses at every step.
 
     A hypothesis that ends enters a list of the `beam_size` best. A sentence is finished, and leaves
-    the batch, when no running hypothesis could enter it by ending now. Follows `generate` of
+    the batch, when no running hypothesis could enter the list by ending now. Follows `generate` of
     transformers (early_stopping=False). `beam_size` 1 is greedy decoding.
 
     Args:

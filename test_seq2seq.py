@@ -104,7 +104,7 @@ def random_ids(rows: int, length: int, seed: int = 0) -> torch.Tensor:
 
 
 def resident_pages() -> int:
-    """Memory of this process, on Linux."""
+    """Resident memory of this process in pages, on Linux."""
     return int(Path("/proc/self/statm").read_text().split()[1])
 
 

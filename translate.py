@@ -128,7 +128,7 @@ class Translator:
     num_return: int = 1
     scores: bool = False
     silent: bool = False
-    # Problem -> (number of lines, the numbers of the first ones, from 1).
+    # Of the last stream: problem -> (number of lines, the numbers of the first ones, from 1).
     notes: dict[str, tuple[int, list[int]]] = field(default_factory=dict)
 
     def __post_init__(self):

@@ -176,7 +176,7 @@ def run_script(main: Callable, config: type, name: str) -> None:
         report = main(settings)
         for what, reason in report.get("left_out", {}).items():
             print(f"left out: {what}: {reason}")
-        if settings.json:
+        if settings.json and report:
             run.write_json(Path(settings.json).expanduser(), report)
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
