@@ -3230,6 +3230,19 @@ def recorded(prepared, tmp_path_factory):
 
 
 @needs_modlee
+def test_modlees_text_of_a_graph_is_unchanged():
+    ours, theirs = (
+        run.small_converter(run.import_modlee()),
+        run.import_modlee().converter.Converter(),
+    )
+    parts = ["float", "_", "x", "1", " ", "\n", "float[2]", "a_b", "."]
+    chance = random.Random(0)
+    for _ in range(2000):
+        text = "".join(chance.choices(parts, k=chance.randint(0, 12)))
+        assert ours.convert_float(text) == theirs.convert_float(text), text
+
+
+@needs_modlee
 def test_modlee_does_not_change_the_weights(recorded, prepared):
     (model, state, _), _ = recorded
     raw, raw_state, _ = fit(prepared, freeze=FROZEN)
