@@ -119,9 +119,10 @@ def main(arguments: list[str]) -> int:
         if arguments[:1] == ["attention"] and len(arguments) == 3:
             draw_attention(*arguments[1:], Path("attention.png"))
             return 0
-        if arguments:
+        if HELP & set(arguments):
             print(__doc__)
-            return 0 if arguments[0] in HELP else 2
+            return 0
+        require(not arguments, __doc__)
         report = json.loads((HERE / "bench.json").read_text(encoding="utf-8"))
         draw_bench(report, HERE / "bench.png")
     except (InputError, OSError) as error:

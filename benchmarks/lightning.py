@@ -405,7 +405,7 @@ def main(arguments: list[str]) -> int:
         plan = [(size, [a for a in group if ARMS[a].modlee is None]) for size, group in plan]
         plan = [(size, group) for size, group in plan if len(group) > 1 or group == ["phases"]]
     data.hub_reachable()  # or Modlee would try for minutes
-    peak, cases = 0.0, []  # cases: size, answers, work
+    peak, found = 0.0, []  # found: (size, answers, work) of every group
     total = sum((turns + 1) * len(group) for _, group in plan)
     bar = data.progress_bar(desc="bench", total=total, unit="turn")
     with bar, tempfile.TemporaryDirectory() as folder:
@@ -434,9 +434,9 @@ def main(arguments: list[str]) -> int:
             check_losses(answers)
             model, loaders, _ = bench_case(settings[size], prepared, device)
             report["sizes"][size] = describe_work(loaders[0].batch_sampler, model.config)
-            cases.append((size, answers, report["sizes"][size]))
+            found.append((size, answers, report["sizes"][size]))
     report["matmul_gflops"] = peak / 1e9
-    report["rows"] = [row for case in cases for row in describe_arms(*case, peak)]
+    report["rows"] = [row for group in found for row in describe_arms(*group, peak)]
     print_bench(report)
     if config.json:
         run.write_json(Path(config.json).expanduser(), report)

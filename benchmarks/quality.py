@@ -221,8 +221,7 @@ def main(config: QualityBench) -> dict:
         for rate in config.learning_rates or (PEERS[name].learning_rate,):
             peer, key = PEERS[name], f"{name} {rate:g}"
             model, started = build_peer(peer, settings, prepared.tokenizer), time.perf_counter()
-            changes = {"learning_rate": rate, "weight_decay": peer.weight_decay}
-            own = dataclasses.replace(settings, **changes)
+            own = dataclasses.replace(settings, learning_rate=rate, weight_decay=peer.weight_decay)
             steps = train_peer(model, config.batch_size, prepared, own, seconds)
             done[key] = (f"{peer.label}, {rate:g}", steps, time.perf_counter() - started)
             hypotheses[key] = translate_peer(model, sources, prepared, settings)
