@@ -78,6 +78,11 @@ def note(text: str) -> None:
         print(f"note: {text}", file=sys.stderr)
 
 
+def print_field(topic: str, text: str) -> None:
+    """A result on stdout, under a topic."""
+    print(f"{topic:<10} {text}", flush=True)
+
+
 class LogLines:
     """Stands in for stderr: each redraw of a progress bar becomes a new line."""
 

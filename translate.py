@@ -2,27 +2,41 @@
 
     load_translator("runs/NAME").translate(["The teacher sees you."])
 
+    python run.py translate --model runs/NAME               lines on stdin -> lines on stdout
+    python run.py evaluate --model runs/NAME                BLEU and chrF on what was held out
+    python run.py export --model runs/NAME --to hf OUT      for transformers, or CTranslate2
+
 It needs positional.py, seq2seq.py, data.py, safetensors and what these import; sacreBLEU for
-scores, and CTranslate2 for its folders. In reading order: loading, translating, scoring,
-CTranslate2 as the engine, export of the weights (`export` in run.py adds the rest).
+scores, CTranslate2 for its folders, tyro for the commands. In reading order: loading, translating,
+scoring, CTranslate2 as the engine, export of the weights, files, commands with their settings.
 """
 
+import contextlib
+import dataclasses
 import json
 import math
 import os
 import re
+import shutil
 import sys
-from collections.abc import Iterable, Iterator
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from importlib import metadata
+from importlib.util import find_spec
+from itertools import chain, islice
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
+import tyro
 from torch import Tensor, nn
+from tyro.conf import Positional
 
 import data
-from data import InputError, progress_bar, require
+from data import InputError, print_field, progress_bar, require
 from positional import sinusoidal_positional_encoding
 from seq2seq import (
     Hypothesis,
@@ -554,3 +568,318 @@ def to_ctranslate2(
     spec.validate()
     spec.optimize(quantization=quantization)
     spec.save(str(folder))
+
+
+# ---- files ---------------------------------------------------------------------------------------
+# They appear whole or not at all.
+
+
+@contextlib.contextmanager
+def naming_failures(path: Path) -> Iterator[None]:
+    """Turn the write errors of any library into an OSError that names the path."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"cannot write {path}: {data.one_line(error)}") from None
+    except RuntimeError as error:  # from torch's writer, which does not name the cause
+        raise OSError(f"cannot write {path} (disk full?): {data.one_line(error)}") from None
+
+
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Create or replace a file: `write` fills another, which is synced and renamed."""
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    with naming_failures(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(temporary)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            with contextlib.suppress(OSError):  # the rename must also survive a loss of power
+                entry = os.open(path.parent, os.O_RDONLY)
+                os.fsync(entry)
+                os.close(entry)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, content: dict) -> None:
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_model_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Put the files of a model into a folder: `fill` writes them into a temporary one inside it.
+    config.json, without which no folder is a model, goes first and comes last."""
+    with naming_failures(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".model-", dir=folder))
+        try:
+            fill(temporary)
+            (folder / "config.json").unlink(missing_ok=True)
+            for path in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):
+                path.chmod(0o644)  # safetensors makes them private
+                os.replace(path, folder / path.name)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def save_tokenizer(tokenizer, folder: Path) -> None:
+    """Write the tokenizer's files such that old and new transformers and tokenizers load them."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"model": {}}
+    merges = content["model"].get("merges", [])
+    # Since 0.20 tokenizers writes merges as pairs, which 0.19 cannot read.
+    if merges and isinstance(merges[0], list) and " " not in "".join(chain(*merges)):
+        content["model"]["merges"] = [" ".join(pair) for pair in merges]
+        path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    path = folder / "tokenizer_config.json"
+    text = path.read_text(encoding="utf-8")
+    # Version 5 renamed the class, and reads the old name; version 4 knows no other.
+    text = text.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"')
+    path.write_text(text, encoding="utf-8")
+
+
+# ---- commands ------------------------------------------------------------------------------------
+# A frozen dataclass per command: its fields are the flags, their comments the help.
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeConfig:
+    """How sentences are translated."""
+
+    model: str  # model folder, or one exported for CTranslate2
+    beam: int = 1  # hypotheses kept per sentence; 1: greedy
+    length_penalty: float = 1.0  # score = sum of log-probabilities / length ^ penalty
+    batch_tokens: int = 2048  # source tokens in a batch, pads and hypotheses counted
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to decode
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: half the memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class TranslateConfig(DecodeConfig):
+    """Translate lines: one line out per line in, in order, empty lines kept empty."""
+
+    text: Positional[tuple[str, ...]] = ()  # sentences; without any, lines come from stdin
+    num_return: int = 1  # best translations per line, at most --beam, each on its own line
+    scores: bool = False  # put the score and a tab before each translation
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(DecodeConfig):
+    """Translate the source side of a data set and score it against the target side."""
+
+    dataset: tuple[str, ...] | None = None  # as for training; None: the model's own test part
+    subset: str | None = None  # of a hub data set
+    split: str = "test"  # of a hub data set
+    columns: tuple[str, str] | None = None  # source and target, by name or number from 1
+    num_samples: int | None = None  # first pairs to score; None: all
+    hypotheses: str | None = None  # file for the translations, a line each, for sacreBLEU's command
+    json: str | None = None  # file for the figures
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write the model in the format of another library."""
+
+    output: Positional[str]  # folder to create
+    model: str  # model folder
+    # ctranslate2: a folder that translate and evaluate run faster; hf: one for transformers
+    to: Literal["ctranslate2", "hf"] = "ctranslate2"
+    # smaller and faster weights, for ctranslate2
+    quantization: Literal["int8", "int8_float16", "int16", "float16", "bfloat16"] | None = None
+
+
+def flag_of(name: str) -> str:
+    """The flag of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def check_range(config, names: str, low: float, high: float = math.inf) -> None:
+    """Raise InputError if one of these settings is out of range; NaN is."""
+    for name in names.split():
+        value = getattr(config, name)
+        limits = f"at least {low}" + (f" and at most {high}" if high < math.inf else "")
+        holds = value is None or (low <= value <= high and value < math.inf)
+        require(holds, f"{flag_of(name)} must be {limits}, not {value}")
+
+
+def check_decoding(config: DecodeConfig) -> None:
+    check_range(config, "batch_tokens", 1)
+    check_range(config, "beam", 1, 1000)
+    check_range(config, "length_penalty", -10, 10)
+
+
+def decoding_of(config: DecodeConfig) -> dict:
+    """The arguments of `load_translator` for a command."""
+    names = ("device", "precision", "beam", "length_penalty", "batch_tokens")
+    return {"folder": config.model} | {name: getattr(config, name) for name in names}
+
+
+def versions() -> dict[str, str | None]:
+    names = "torch lightning modlee transformers tokenizers datasets sacrebleu ctranslate2"
+    found = {"python": sys.version.split()[0]}
+    for name in f"{names} x-transformers".split():
+        found[name] = metadata.version(name) if find_spec(name.replace("-", "_")) else None
+    return found
+
+
+def translate(config: TranslateConfig) -> int:
+    check_decoding(config)
+    check_range(config, "num_return", 1)
+    require(config.num_return <= config.beam, "--num-return must be at most --beam")
+    for text in config.text:
+        require(not data.SURROGATE.search(text), f"not valid UTF-8: {text!r:.60}")
+    more = {"num_return": config.num_return, "scores": config.scores}
+    more["silent"] = sys.stdout.isatty()  # where the bar would be drawn over the translations
+    translator = load_translator(**decoding_of(config), **more)
+    sys.stdout.reconfigure(encoding="utf-8")
+    typed = (line for _, line in data.decode_lines(sys.stdin.buffer, "standard input"))
+    # Answers line by line when a person types.
+    window = 1 if not config.text and sys.stdin.isatty() else TRANSLATE_WINDOW
+    for found in translator.stream(config.text or typed, window=window):
+        for text, value in found:
+            if config.scores:
+                text = f"{'' if value is None else format(value, '.4f')}\t{text}"
+            print(text, flush=window == 1)
+    translator.report("line")
+    return 0
+
+
+def whole_pairs(pairs: Iterable[data.Pair], name: str) -> list[data.Pair]:
+    """The pairs with two non-empty sides; only these are scored. InputError if there are none."""
+    found = [pair for pair in pairs if pair.source and pair.target]
+    require(bool(found), f"{name} has no complete pair")
+    return found
+
+
+def score_pairs(translator: Translator, pairs: list[data.Pair]) -> tuple[list[str], dict]:
+    """The translations of the sources, and their scores."""
+    hypotheses = translator.translate([pair.source for pair in pairs])
+    translator.report("pair")
+    return hypotheses, score(hypotheses, [pair.target for pair in pairs])
+
+
+def print_score(result: dict) -> None:
+    print_field("BLEU", f"{result['bleu']:.2f}  {result['signature']}")
+    print_field("chrF", f"{result['chrf']:.2f}  {result['chrf_signature']}")
+
+
+def check_output_file(name: str | None, key: str | None = "versions") -> None:
+    """Raise InputError if a file cannot be written later, or exists and is not JSON with this key
+    (key None: or exists at all), unless it is empty."""
+    if name is None:
+        return
+    path = Path(name).expanduser()
+    # A link, such as /dev/stdout, would be replaced.
+    fits = path.parent.is_dir() and not path.is_symlink() and (path.is_file() or not path.exists())
+    require(fits, f"{path}: no file can be written there")
+    if path.exists() and path.stat().st_size > 0:
+        try:
+            alike = key is not None and key in json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, TypeError):
+            alike = False
+        what = "" if key is None else " and is not a report"
+        require(alike, f"{path} exists already{what}; choose another name")
+
+
+def evaluate(config: EvaluateConfig) -> int:
+    check_decoding(config)
+    check_range(config, "num_samples", 1)
+    check_output_file(config.json)
+    check_output_file(config.hypotheses, key=None)
+    files = [Path(name).expanduser().resolve() for name in (config.json, config.hypotheses) if name]
+    require(len(set(files)) == len(files), "--json and --hypotheses are the same file")
+    dataset = config.dataset
+    require(dataset != (), "--dataset needs a value")
+    if dataset is None:
+        there = Path(config.model).expanduser().is_dir()
+        require(there, f"{config.model} is not a model folder: it does not exist")
+        parts = [Path(config.model).expanduser() / f"{name}.tsv" for name in ("test", "validation")]
+        dataset = tuple(str(path) for path in parts if path.is_file())[:1]
+        require(
+            bool(dataset), f"{config.model} has no test part of its own: add --dataset pairs.tsv"
+        )
+    on_phrases = dataset == (data.PHRASEBOOK,)
+    require(not on_phrases, "the demo trains on the phrasebook; give pairs of your own")
+    translator = load_translator(**decoding_of(config))
+    more = (config.subset, config.split, translator.languages, config.columns)
+    pairs = whole_pairs(data.read_pairs(dataset, *more), " ".join(dataset))[: config.num_samples]
+    started = time.perf_counter()
+    hypotheses, scores = score_pairs(translator, pairs)
+    seconds = time.perf_counter() - started
+    result = {"model": config.model, "dataset": list(dataset), "pairs": len(pairs)}
+    result |= {"beam": config.beam, "length_penalty": config.length_penalty}
+    precision = getattr(translator.model, "precision", config.precision)  # the engine has its own
+    result |= {"precision": precision, **scores}
+    result |= {"seconds": round(seconds, 2), "versions": versions()}
+    taken = f"{len(pairs):,} of {' '.join(dataset)}, translated in {seconds:.1f} s"
+    print_field("pairs", taken)
+    print_score(result)
+    if config.hypotheses:
+        write_text(Path(config.hypotheses).expanduser(), "".join(f"{h}\n" for h in hypotheses))
+    if config.json:
+        write_json(Path(config.json).expanduser(), result)
+    return 0
+
+
+def check_free(folder: Path) -> None:
+    """Raise InputError if a folder to be created is there already, and not empty."""
+    free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    free = free and folder.resolve() != Path.cwd()
+    require(free, f"{folder} exists already; choose another folder")
+
+
+def export(config: ExportConfig) -> int:
+    output = Path(config.output).expanduser()
+    to_engine = config.to == "ctranslate2"
+    require(to_engine or not config.quantization, "--quantization belongs to --to ctranslate2")
+    check_free(output)
+    model, tokenizer, languages = load_model(config.model, torch.device("cpu"))
+    what = f"CTranslate2, {config.quantization or 'float32'}"
+    if not to_engine:
+        exported = to_transformers(model)
+        complete_tokenizer(tokenizer, model.config)
+        what = f"{type(exported).__name__}, float32, for transformers"
+
+    def fill(folder: Path) -> None:
+        save_tokenizer(tokenizer, folder)
+        if not to_engine:
+            exported.save_pretrained(folder)
+            return
+        to_ctranslate2(model, tokenizer, folder, config.quantization)
+        content = {"source_lang": languages[0], "target_lang": languages[1]}
+        write_json(folder / ENGINE_FILE, content | {"model": dataclasses.asdict(model.config)})
+        for part in ("validation.tsv", "test.tsv"):  # for `evaluate`
+            path = Path(config.model).expanduser() / part
+            if path.is_file():
+                shutil.copy(path, folder / part)
+
+    made = not output.exists()
+    try:
+        write_model_folder(output, fill)
+    except BaseException:
+        if made:
+            output.rmdir()
+        raise
+    print_field("exported", f"{what}: {output}")
+    return 0
+
+
+COMMANDS = {
+    "translate": (TranslateConfig, translate),
+    "evaluate": (EvaluateConfig, evaluate),
+    "export": (ExportConfig, export),
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Run one of `COMMANDS`, which is the first argument. Returns the exit code."""
+    config, command = COMMANDS[arguments[0]]
+    return command(tyro.cli(config, args=arguments[1:], prog=f"python run.py {arguments[0]}"))
