@@ -711,7 +711,7 @@ class BucketBatchSampler(Sampler[list[int]]):
     world: int = 1
     batch_tokens: int | None = None
     multiple: int = 1
-    start: tuple[int, int] = (0, 0)  # for resuming: an epoch, and its first batch
+    start: tuple[int, int] = (0, 0)  # an epoch, and the batch with which it begins
 
     def __post_init__(self) -> None:
         if not self.batch_size and not self.batch_tokens:
@@ -767,17 +767,6 @@ class BucketBatchSampler(Sampler[list[int]]):
         """Row numbers of this process's batch number `index`; none where there is no batch left."""
         number = index * self.world + self.rank
         return self.batches[number] if number < len(self.batches) else np.array([], int)
-
-    def target_tokens(self, index: int) -> int:
-        """Target tokens of this process's batch number `index`."""
-        return int(self.target_lengths[self.rows(index)].sum())
-
-    def window_tokens(self, index: int, accumulate: int) -> int:
-        """Target tokens, of all processes, in the accumulation window of batch number `index`."""
-        size = accumulate * self.world
-        start = index // accumulate * size
-        rows = np.concatenate(self.batches[start : start + size])
-        return int(self.target_lengths[rows].sum())
 
     def padding_share(self) -> float:
         """Pads among all positions of this epoch's batches, both sides, from 0 to 1."""

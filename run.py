@@ -620,7 +620,7 @@ def adapter_class(base: type) -> type:
             return build_optimizer(self.model, self.config)
 
         def on_train_start(self) -> None:
-            check_trainer(self.trainer, self.config)
+            check_trainer(self.trainer, self.config, self.progress)
             self.batches = self.trainer.num_training_batches
             self.optimizer = self.trainer.optimizers[0]
             self.scaler = getattr(self.trainer.precision_plugin, "scaler", None)
@@ -679,16 +679,19 @@ def save_and_stop(adapter) -> None:
         adapter.trainer.limit_val_batches = 0  # or it would validate before it stops
 
 
-def check_trainer(trainer, config) -> None:
+def check_trainer(trainer, config, progress: Progress) -> None:
     """Raise ValueError if a Trainer would train otherwise than the settings say."""
     wanted = {"max_epochs": [config.max_epochs], "accumulate_grad_batches": [config.accumulate]}
     wanted |= {"gradient_clip_val": [None, 0, config.clip_norm], "max_steps": [-1]}
-    wanted |= {"limit_train_batches": [1.0], "ckpt_path": [None], "enable_validation": [True]}
+    wanted |= {"limit_train_batches": [1.0], "enable_validation": [True]}
     wanted |= {"check_val_every_n_epoch": [1], "val_check_interval": [1.0]}
     for name, values in wanted.items():
         found = getattr(trainer, name)
         if found not in values:
             raise ValueError(f"the Trainer has {name}={found}, the adapter needs {values[-1]}")
+    if trainer.global_step != progress.step:
+        at = f"ckpt_path is at step {trainer.global_step}, the adapter at step {progress.step}"
+        raise ValueError(f"{at}: give its Progress to attach(), or leave ckpt_path out")
 
 
 def train_lightning(adapter, train_loader, validation_loader, config, **changes) -> None:
@@ -804,15 +807,20 @@ def create_folder(config: TrainConfig) -> tuple[Path, list[Path]]:
     for name in names if config.output is None else [config.output]:
         folder = Path(name).expanduser()
         checkpoints = folder / "checkpoints"
-        created = [path for path in (checkpoints, *checkpoints.parents) if not path.exists()]
         if config.output is not None:
-            hint = f"continue it with --resume {shlex.quote(str(folder))}, or choose another folder"
+            hint = f"continue it with --resume {shlex.quote(name)}, or choose another folder"
             require(not steps_in(folder), f"{folder} belongs to another run: {hint}")
-            if created != [] or any(path != checkpoints for path in folder.iterdir()):
+            if not checkpoints.is_dir() or any(path != checkpoints for path in folder.iterdir()):
                 translate.check_free(folder)
-        with contextlib.suppress(FileExistsError):  # two runs may choose the same name
+        created = [path for path in (checkpoints, *checkpoints.parents) if not path.exists()]
+        try:
             checkpoints.mkdir(parents=True, exist_ok=config.output is not None)
             return folder, created
+        except FileExistsError:
+            continue  # another run has just chosen the same name
+        except OSError as error:
+            reason = f"{data.one_line(error)}; choose another --output"
+            raise InputError(f"cannot create {checkpoints}: {reason}") from None
 
 
 def read_settings(resume: str) -> dict:
@@ -820,7 +828,8 @@ def read_settings(resume: str) -> dict:
     folder = Path(resume).expanduser()
     path = folder / "checkpoints" / "settings.json"
     if not path.is_file():
-        older = [old for old in (folder, Path(f"{folder}.checkpoints")) if any(old.glob("step-*"))]
+        older = [p for p in (folder, Path(f"{folder}.checkpoints")) if p.suffix == ".checkpoints"]
+        older = [old for old in older if old.is_dir()]
         what = f"{resume} is not the folder of a run: {path} is missing"
         if older:
             what = f"{older[0]} was written by an older version, which this one cannot resume"

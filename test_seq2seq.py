@@ -35,7 +35,6 @@ from collections import Counter
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import Mock, patch
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several test processes, which share the cores
@@ -50,6 +49,7 @@ from hypothesis import settings as hypothesis_settings
 from safetensors.torch import load_file, save_file
 
 import data
+import modlee_record
 import run
 import seq2seq
 import translate
@@ -75,7 +75,7 @@ from seq2seq import (
 )
 
 HERE = Path(__file__).parent
-MODULES = ("positional.py", "seq2seq.py", "data.py", "translate.py", "run.py")
+MODULES = ("positional.py", "seq2seq.py", "data.py", "translate.py", "modlee_record.py", "run.py")
 KINDS = list(POSITIONAL_KINDS)
 ROMANIAN = "aăâbcdefghiîjklmnopqrsștțuvwxyzAĂÂBCDEFGHIÎJKLMNOPQRSȘTȚUVWXYZ„”«»–"
 # The long versions of some tests: these many, where the environment says so.
@@ -83,7 +83,7 @@ EXAMPLES = int(os.environ.get("EXAMPLES", "0"))  # of hostile data, new ones eve
 KILLS = int(os.environ.get("KILLS", "3"))
 STEPS = int(os.environ.get("STEPS", "200"))
 SENTENCES = int(os.environ.get("SENTENCES", "500"))
-HAS_MODLEE = run.versions()["modlee"] is not None
+HAS_MODLEE = translate.versions()["modlee"] is not None
 needs_modlee = pytest.mark.skipif(not HAS_MODLEE, reason="Modlee is not installed")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA")
 
@@ -401,7 +401,7 @@ def test_transformers_gives_the_same_logits_and_the_same_translations(learnt, tm
     tokenizer = numbered_tokenizer(50)
     translate.complete_tokenizer(tokenizer, model.config)
     translate.to_transformers(model).save_pretrained(tmp_path)
-    run.save_tokenizer(tokenizer, tmp_path)
+    translate.save_tokenizer(tokenizer, tmp_path)
     reference = AutoModelForSeq2SeqLM.from_pretrained(tmp_path).eval()
     assert reference.config.vocab_size == 50
     assert AutoTokenizer.from_pretrained(tmp_path)("7 8")["input_ids"] == [7, 8, 1]
@@ -1301,7 +1301,7 @@ def prepared():
 
 
 def test_the_own_tokenizer_round_trips(prepared, tmp_path):
-    run.save_tokenizer(prepared.tokenizer, tmp_path)
+    translate.save_tokenizer(prepared.tokenizer, tmp_path)
     merges = json.loads((tmp_path / "tokenizer.json").read_text())["model"]["merges"]
     assert len(merges) > 50 and all(isinstance(merge, str) for merge in merges), (
         "as 0.19 reads them"
@@ -1355,12 +1355,11 @@ def test_the_tokenizer_is_trained_on_the_training_rows_alone(tmp_path):
 def test_batches_are_as_wide_as_their_longest_sentence(prepared, multiple):
     loader = data.make_loader(prepared.train, 16, multiple=multiple)
     real = padded = 0
-    for index, batch in enumerate(loader):
+    for batch in loader:
         for ids in batch:
             longest = int(ids.ne(0).sum(dim=1).max())
             assert ids.dtype == torch.long and ids.size(1) == data.round_up(longest, multiple)
             real, padded = real + ids.ne(0).sum().item(), padded + ids.numel()
-        assert batch[1].ne(0).sum() == loader.batch_sampler.target_tokens(index)
     assert loader.batch_sampler.padding_share() == pytest.approx(1 - real / padded)
     assert multiple > 1 or 1 - real / padded < 0.15
 
@@ -1425,16 +1424,6 @@ def test_truncation_and_padding_of_a_tokenizer_are_off():
     assert data.decode_ids([ids], tokenizer, "en") == ["some words to learn from"]
 
 
-def test_window_tokens_cover_the_whole_window(prepared):
-    lengths = [lengths[:500] for lengths in prepared.train.lengths]
-    sampler = data.BucketBatchSampler(*lengths, 50)
-    tokens = [sampler.target_tokens(index) for index in range(10)]
-    assert len(sampler) == 10
-    first, second, last = sum(tokens[:4]), sum(tokens[4:8]), sum(tokens[8:])
-    windows = [sampler.window_tokens(i, 4) for i in (0, 3, 4, 9)]
-    assert windows == [first, first, second, last]
-
-
 def test_create_dataloaders_splits_by_source_and_drops_duplicates():
     sources, targets = random_ids(40, 6), random_ids(40, 8, seed=1)
     sources[20:] = sources[:20]  # each source twice ...
@@ -1486,6 +1475,7 @@ def test_a_tokenizer_without_pad_or_eos_gets_them(tmp_path, special):
 def test_impossible_tokenizers_are_refused(name):
     config = run.TrainConfig(num_samples=50, tokenizer=name, validation_size=5)
     with pytest.raises(InputError, match="tokenizer|vocabulary"):
+        run.check_settings(config)
         run.prepare_data(config)
 
 
@@ -1517,9 +1507,9 @@ SMALL = [*SMALL.split(), *("--validation-size", "20", "--mlruns", "none")]
 
 
 def test_flags_beat_the_preset_and_the_preset_the_defaults():
-    _, config = run.parse_command_line(["--preset", "tutorial", "--batch-size", "3"])
+    config = run.parse_settings(["--preset", "tutorial", "--batch-size", "3"])
     assert config.batch_size == 3 and config.d_model == 512 and config.seed == 0
-    assert run.parse_command_line([]) == ("train", run.TrainConfig())
+    assert run.parse_settings([]) == run.TrainConfig()
     shown = command("--preset=small", "--help", env=os.environ | {"PYTHONPROFILEIMPORTTIME": "1"})
     assert shown.returncode == 0 and "torch" not in shown.stderr, "help comes before torch"
     text = " ".join(re.sub("[│\n]", " ", shown.stdout).split())
@@ -1590,13 +1580,13 @@ def test_mistyped_flags_are_answered_with_exit_code_2(arguments, message, capsys
         (["--warmup", "0.8"], "--warmup plus --cooldown must be at most 1"),
         (["--output", ""], "needs a name"),
         (["--dataset"], "--dataset needs a value"),
-        (["--seed", "-1"], "must be at least"),
+        (["--seed", "-1"], "must be at least 0"),
         (["--learning-rate", "nan"], "must be at least"),
-        (["--max-length", "1000000000"], "at most 65536"),
+        (["--max-length", "0"], "--max-length must be at least 1"),
         (["--device", "cuda"], "--device cuda is not available; found cpu"),
         (["--nhead", "3"], "nhead=3 does not divide"),
         (["--output", str(HERE)], "exists already"),
-        (["--output", str(HERE / "run.py" / "x")], "cannot write to"),
+        (["--output", str(HERE / "run.py" / "x")], "choose another --output"),
         (["--output", "."], "exists already"),
         (["--output", "x" * 300], "too long"),
         (["--mlruns", ""], "needs a name"),
@@ -1607,9 +1597,7 @@ def test_mistyped_flags_are_answered_with_exit_code_2(arguments, message, capsys
         (["--preset", "small"], "add --dataset"),
         (["--compile"], "--loop raw"),
         (["--tokenizer", "train:x"], "train:8000"),
-        (["--mlruns", str(HERE / "run.py")], "run.py is a file, not a folder"),
-        (["--resume", "nowhere"], "nowhere.checkpoints"),
-        (["--resume", "nowhere", "--preset", "small"], "remove --preset and --init"),
+        (["--resume", "nowhere"], "nowhere is not the folder of a run"),
         (["--init", "nowhere"], "nowhere is not a model folder"),
         (["translate", "--model", "x", "--batch-tokens", "0"], "at least 1"),
         (["translate", "--model", "x", "--num-return", "2"], "at most --beam"),
@@ -1631,8 +1619,6 @@ def test_mistyped_flags_are_answered_with_exit_code_2(arguments, message, capsys
             ["export", "--model", "x", "--to", "hf", "--quantization", "int8", "y"],
             "belongs to --to",
         ),
-        (["bench", "--turns", "0"], "at least 3"),
-        (["bench", "--turns", "2"], "at least 3"),
     ],
 )
 def test_wrong_values_are_refused_in_one_line_and_nothing_is_written(
@@ -1724,26 +1710,25 @@ def test_the_schedule_is_a_trapezoid():
     assert {run.learning_rate(flat, step, 100) for step in range(100)} == {1.0}
 
 
-def test_the_schedule_of_an_extended_run_counts_the_steps_that_were_made(prepared):
-    """Nine steps, then epochs of another length; also if stopped and resumed within an epoch."""
-    config = run.TrainConfig(batch_size=64, max_epochs=3, accumulate=3)
-    loader = run.build_loaders(config, prepared, torch.device("cpu"))[0]
-    per_epoch = math.ceil(len(loader) / 3)
-    for step, batch in ((9, 0), (10, 3), (11, 6)):
-        state = run.State(config, loader)
-        assert state.total_steps == 3 * per_epoch
-        state.load({"state": {"step": step, "epoch": 1, "batch": batch}})
-        assert state.total_steps == 9 + 2 * per_epoch
+def test_the_schedule_follows_the_place_in_the_run():
+    """Also if the epochs before had another number of batches."""
+    config = run.TrainConfig(
+        max_epochs=4, accumulate=3, warmup=0.0, cooldown=1.0, learning_rate=1.0
+    )
+    optimizer = torch.optim.Adam([torch.zeros(1)])
+    for epoch, batch, done in ((0, 0, 0), (1, 0, 4), (2, 9, 11)):  # 4 steps an epoch, of 10 batches
+        run.start_step(optimizer, config, run.Progress(99, epoch, batch), 10)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(1 - done / 16)
 
 
 def test_learning_rate_and_random_state_follow_from_seed_and_step():
     def draw(seed: int, step: int, rank: int = 0) -> float:
         torch.rand(7)
         optimizer = torch.optim.Adam([torch.zeros(1)], lr=9.0)
-        sampler = SimpleNamespace(rank=rank)
-        state = SimpleNamespace(step=step, total_steps=100, sampler=sampler)
-        config = run.TrainConfig(seed=seed)
-        run.start_step(optimizer, config, state)
+        config, distributed = run.TrainConfig(seed=seed, max_epochs=1), Mock()
+        distributed.get_rank.return_value = rank
+        with patch.object(run, "distributed", distributed):
+            run.start_step(optimizer, config, run.Progress(step, 0, step), 100)
         assert optimizer.param_groups[0]["lr"] == run.learning_rate(config, step, 100)
         return torch.rand(()).item()
 
@@ -1753,18 +1738,22 @@ def test_learning_rate_and_random_state_follow_from_seed_and_step():
 
 
 def test_two_batches_accumulated_equal_one_of_twice_the_size(prepared):
-    """Token-exact: the gradient of a window is that of its pairs in one batch."""
+    """Token-exact: the gradient of a step is that of its pairs in one batch."""
     model = tiny_model(vocab_size=len(prepared.tokenizer), dropout=0.0)
     rows = [prepared.train[row] for row in range(40)]
-    loss, tokens = run.batch_loss(model, data.pad_batch(rows))
-    (loss / tokens).backward()
-    whole = [parameter.grad.clone() for parameter in model.parameters()]
+
+    def backward(batch, share: int):
+        input_ids, labels = data.pad_batch(batch)
+        loss, tokens = model(input_ids, labels=labels)
+        (loss / share).backward()
+        return tokens
+
+    tokens = backward(rows, 1)
+    whole = [parameter.grad / tokens for parameter in model.parameters()]
     model.zero_grad()
-    lengths = [lengths[:40] for lengths in prepared.train.lengths]
-    sampler = data.BucketBatchSampler(*lengths, 30, shuffle=False)  # 30 pairs, then 10
-    for index, part in enumerate(sampler):
-        loss, _ = run.batch_loss(model, data.pad_batch([rows[row] for row in part]))
-        (run.scale_loss(loss, sampler, index, 2) / 2).backward()
+    parts = [backward(rows[:30], 2), backward(rows[30:], 2)]
+    config = run.TrainConfig(accumulate=2, clip_norm=0.0)
+    run.finish_gradients(model, config, sum(parts))
     for parameter, expected in zip(model.parameters(), whole):
         assert close(parameter.grad, expected, 1e-6)
 
@@ -1772,7 +1761,7 @@ def test_two_batches_accumulated_equal_one_of_twice_the_size(prepared):
 def test_clipping_bounds_the_gradient_norm():
     model = tiny_model()
     model(random_ids(2, 5), random_ids(2, 5)).sum().backward()
-    run.clip_gradients(model, run.TrainConfig(clip_norm=0.25))
+    run.finish_gradients(model, run.TrainConfig(clip_norm=0.25), torch.tensor(1))
     norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
     assert norm.item() == pytest.approx(0.25, rel=1e-3)
 
@@ -1826,7 +1815,7 @@ def test_a_compiled_model_has_the_same_loss_and_gradients(prepared):
         losses = []
         for network in (model, compiled):
             network.zero_grad()
-            loss, tokens = run.batch_loss(network, batch)
+            loss, tokens = network(batch[0], labels=batch[1])
             (loss / tokens).backward()
             losses.append(loss / tokens)
         assert close(*losses, 1e-5)
@@ -1838,10 +1827,35 @@ def test_a_compiled_model_has_the_same_loss_and_gradients(prepared):
 # ---- the two loops ----------------------------------------------------------------------------
 
 
-def fit(prepared, loop="raw", modlee=False, folder=None, freeze=(), checkpoint=None, **changes):
-    """Train a tiny model with either loop. Returns (model, state, Modlee's record)."""
-    hooks = {name: changes.pop(name, None) for name in ("save", "after_epoch")}
-    device = torch.device(changes.pop("device", "cpu"))
+class MemoryHooks(run.RunHooks):
+    """Keeps checkpoints in memory, as files hold them, and shows nothing."""
+
+    def __init__(self, config, prepared, checkpoint: bytes | None = None):
+        resumed = None
+        if checkpoint:
+            resumed = Path("a/b/c"), torch.load(io.BytesIO(checkpoint), weights_only=True)
+        super().__init__(config, prepared, Path("nowhere"), {}, resumed)
+        self.states: dict[int, bytes] = {}
+
+    def show(self, progress: run.Progress) -> None:
+        pass
+
+    def save(self, progress: run.Progress) -> None:
+        def keep(folder: Path, content: dict, last: Path | None) -> Path:
+            file = io.BytesIO()
+            torch.save(content, file)
+            self.states[progress.step] = file.getvalue()
+            return Path(f"step {progress.step}")
+
+        with patch.object(run, "write_checkpoint", keep):
+            super().save(progress)
+
+
+def fit(prepared, loop="raw", modlee=False, folder=None, freeze=(), hooks=None, **changes):
+    """Train a tiny model with either loop. Returns (model, hooks with .progress, Modlee's record).
+
+    hooks: a class; checkpoint: to resume from."""
+    device, checkpoint = torch.device(changes.pop("device", "cpu")), changes.pop("checkpoint", None)
     settings = {"batch_size": 64, "max_epochs": 2, "seed": 5, "precision": "fp32"}
     settings |= {"mlruns": str(folder / "mlruns")} if folder else {}
     config = run.TrainConfig(**(settings | changes))
@@ -1850,24 +1864,25 @@ def fit(prepared, loop="raw", modlee=False, folder=None, freeze=(), checkpoint=N
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in freeze)
     loaders = run.build_loaders(config, prepared, device)
-    state, record = run.State(config, loaders[0], **hooks), None
+    hooks = (hooks or MemoryHooks)(config, prepared, checkpoint)
+    progress, record = run.Progress(), None
     if checkpoint is not None:
-        model.load_state_dict(checkpoint["model"])
-        state.load(checkpoint)
+        model.load_state_dict(hooks.checkpoint["model"])
+        progress = run.Progress(**hooks.checkpoint["progress"])
+    hooks.progress = progress
     if loop == "raw":
-        run.train_raw(model, *loaders, config, state)
-        return model, state, None
+        assert run.train_raw(model, *loaders, config, progress, hooks) is progress
+        return model, hooks, None
+    base = run.import_lightning().LightningModule
     if modlee:
-        record = run.ModleeRecord(run.import_modlee(), config, prepared)
-    base = run.modlee_base() if modlee else run.import_lightning().LightningModule
+        package = modlee_record.import_modlee()
+        record = modlee_record.ModleeRecord(package, prepared.train, prepared.tokenizer)
+        base = modlee_record.modlee_base()
     adapter = run.adapter_class(base)(dataclasses.asdict(model.config), model)
-    adapter.attach(config, state)
-
-    def train() -> None:
-        run.train_lightning(adapter, *loaders, config)
-
-    record.fit(adapter, train) if record else train()
-    return model, state, record
+    adapter.attach(config, progress, hooks)
+    train = partial(run.train_lightning, adapter, *loaders, config)
+    record.fit(adapter, train, partial(run.set_mlflow_store, config.mlruns)) if record else train()
+    return model, hooks, record
 
 
 def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
@@ -1875,62 +1890,112 @@ def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
     return all(torch.equal(ours[name].cpu(), theirs[name].cpu()) for name in ours)
 
 
-def trained_alike(a: run.State, b: run.State) -> bool:
+def trained_alike(a: run.RunHooks, b: run.RunHooks) -> bool:
     """The same losses and the same best weights."""
-    names = [name for name in run.State.FIELDS if name not in ("best_weights", "seconds")]
-    same = all(getattr(a, name) == getattr(b, name) for name in names)
-    weights = a.best_weights, b.best_weights
+    names = [name for name in vars(a.progress) if name != "sums"]
+    same = all(getattr(a.progress, name) == getattr(b.progress, name) for name in names)
+    same = same and torch.equal(a.progress.sums, b.progress.sums)
+    same = same and all(a.found[name] == b.found[name] for name in ("best", "step"))
+    weights = a.found["weights"], b.found["weights"]
     return same and all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
+@pytest.fixture
+def threads(request):
+    """torch's threads, as many as the parameter says."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 2], indirect=True)
 @pytest.mark.parametrize(
     ("precision", "accumulate", "batch_tokens"),
     [("fp32", 1, None), ("fp32", 3, 650), ("bf16", 1, 650), ("bf16", 3, None)],
 )
-def test_both_loops_train_identically(prepared, precision, accumulate, batch_tokens, monkeypatch):
+def test_both_loops_train_identically(
+    prepared, precision, accumulate, batch_tokens, threads, monkeypatch
+):
     """Dropout, clipping, schedule and uneven windows on: bit-identical weights and losses."""
     settings = {"precision": precision, "accumulate": accumulate, "clip_norm": 0.5}
     settings |= {"batch_tokens": batch_tokens, "label_smoothing": 0.1}
     settings["weight_decay"] = 0.1 if accumulate > 1 else 0.0
     monkeypatch.setattr(run, "LOG_EVERY", 3)
-    raw, raw_state, _ = fit(prepared, **settings)
+    raw, raw_hooks, _ = fit(prepared, **settings)
     torch.manual_seed(99)  # what either loop draws is its own doing
-    lit, lit_state, _ = fit(prepared, "lightning", **settings)
-    assert raw_state.step == raw_state.total_steps
-    assert raw_state.total_steps == 2 * math.ceil(raw_state.batches / accumulate)
-    assert trained_alike(raw_state, lit_state) and same_weights(raw, lit)
-    assert len(raw_state.history["validation"]) == 2
+    lit, lit_hooks, _ = fit(prepared, "lightning", **settings)
+    progress = raw_hooks.progress
+    assert progress.step == 2 * math.ceil(raw_hooks.batches / accumulate)
+    assert trained_alike(raw_hooks, lit_hooks) and same_weights(raw, lit)
+    assert len(progress.history["validation"]) == 2 and progress.history["rate"][-1][1] < 2e-3
     assert not same_weights(raw, tiny_model(vocab_size=len(prepared.tokenizer)))
 
 
 @pytest.mark.parametrize(
-    ("loop", "modlee"),
-    [("raw", False), ("lightning", False), pytest.param("lightning", True, marks=needs_modlee)],
+    ("loop", "modlee", "threads"),
+    [
+        ("raw", False, 1),
+        ("lightning", False, 2),
+        pytest.param("lightning", True, 1, marks=needs_modlee),
+    ],
+    indirect=["threads"],
 )
-def test_a_resumed_run_trains_identically(prepared, loop, modlee, tmp_path, monkeypatch):
+def test_a_resumed_run_trains_identically(prepared, loop, modlee, threads, tmp_path, monkeypatch):
     """From the middle of an epoch, from its end, and from the last checkpoint of all."""
-    monkeypatch.setattr(run, "LOG_EVERY", 1)
-    states = {}
+    monkeypatch.setattr(run, "LOG_EVERY", 3)  # a resumed run begins between two points
 
-    def save(checkpoint: dict) -> None:
-        file = io.BytesIO()
-        torch.save(checkpoint, file)
-        states[checkpoint["state"]["step"]] = file.getvalue()
+    class EveryStep(MemoryHooks):
+        def after_step(self, progress: run.Progress) -> None:
+            super().after_step(progress)
+            self.due = True
 
     settings = {"accumulate": 3, "clip_norm": 0.5, "weight_decay": 0.1}
-    raw, raw_state, _ = fit(prepared, save=save, checkpoint_every=0.0, **settings)
-    steps = raw_state.total_steps // 2
-    assert sorted(states) == list(range(1, 2 * steps + 1))
+    raw, raw_hooks, _ = fit(prepared, hooks=EveryStep, **settings)
+    steps = raw_hooks.progress.step // 2
+    assert sorted(raw_hooks.states) == list(range(1, 2 * steps + 1))
     for step in (steps + 1,) if modlee else (2, steps, steps + 1, 2 * steps):
-        checkpoint = torch.load(io.BytesIO(states[step]), weights_only=True)
-        assert (checkpoint["state"]["batch"] == 0) == (step % steps == 0)
         torch.manual_seed(step)
         if step == 2 * steps and loop == "lightning":
             continue  # `train` calls no loop then
         folder = tmp_path if modlee else None
-        more = {"checkpoint": checkpoint, "folder": folder, **settings}
-        model, state, _ = fit(prepared, loop, modlee, **more)
-        assert trained_alike(state, raw_state) and same_weights(raw, model)
+        more = {"checkpoint": raw_hooks.states[step], "folder": folder, **settings}
+        model, hooks, _ = fit(prepared, loop, modlee, **more)
+        assert trained_alike(hooks, raw_hooks) and same_weights(raw, model)
+
+
+def test_a_plain_loader_is_shuffled_by_seed_and_epoch(prepared):
+    """And so a copied loop resumes exactly, also one that knows nothing of our sampler."""
+
+    class Keep(run.Hooks):
+        def after_step(self, progress: run.Progress) -> None:
+            self.due = progress.step == 10
+
+        def begin(self, progress, batches, model, optimizer, scaler) -> None:
+            self.parts = {"model": model, "optimizer": optimizer}
+
+        def save(self, progress: run.Progress) -> None:
+            states = {name: part.state_dict() for name, part in self.parts.items()}
+            self.state = copy.deepcopy((states, vars(progress)))
+
+    class Restore(run.Hooks):
+        def begin(self, progress, batches, model, optimizer, scaler) -> None:
+            optimizer.load_state_dict(states["optimizer"])
+
+    config = run.TrainConfig(precision="fp32", seed=3)
+    loader = partial(
+        torch.utils.data.DataLoader, prepared.train, batch_size=32, collate_fn=data.pad_batch
+    )
+    sizes, keep = {"vocab_size": len(prepared.tokenizer)}, Keep()
+    whole = tiny_model(**sizes)
+    run.train_raw(whole, loader(shuffle=True), loader(), config, hooks=keep)
+    states, progress = keep.state
+    resumed = tiny_model(seed=1, **sizes)
+    resumed.load_state_dict(states["model"])
+    torch.rand(5)
+    progress = run.Progress(**progress)
+    run.train_raw(resumed, loader(shuffle=True), loader(), config, progress, Restore())
+    assert progress.batch == 0 and progress.epoch == 2 and same_weights(whole, resumed)
 
 
 @pytest.fixture
@@ -1948,17 +2013,11 @@ def test_on_a_gpu_both_loops_and_a_resumed_run_train_identically(
     prepared, precision, deterministic_cuda, monkeypatch
 ):
     monkeypatch.setattr(run, "LOG_EVERY", 2)
-    states = {}
-
-    def save(checkpoint: dict) -> None:
-        states[checkpoint["state"]["step"]] = copy.deepcopy(checkpoint)
-
     settings = {"device": "cuda", "precision": precision, "accumulate": 3, "clip_norm": 0.5}
-    raw, raw_state, _ = fit(prepared, save=save, checkpoint_every=0.0, **settings)
-    assert states[4]["state"]["batch"] > 0
-    for loop, checkpoint in (("lightning", None), ("raw", states[4])):
-        model, state, _ = fit(prepared, loop, checkpoint=checkpoint, **settings)
-        assert trained_alike(raw_state, state) and same_weights(raw, model)
+    raw, raw_hooks, _ = fit(prepared, checkpoint_every=0.0, **settings)
+    for loop, checkpoint in (("lightning", None), ("raw", raw_hooks.states[4])):
+        model, hooks, _ = fit(prepared, loop, checkpoint=checkpoint, **settings)
+        assert trained_alike(raw_hooks, hooks) and same_weights(raw, model)
 
 
 @needs_cuda
@@ -1968,73 +2027,67 @@ def test_no_step_waits_for_the_gpu(prepared, loop, precision, monkeypatch):
     """Except those that log: torch raises an error if the host would wait."""
     start_step, strict_steps = run.start_step, []
 
-    def strict(optimizer, config, state) -> None:
-        start_step(optimizer, config, state)
-        if state.step >= 2:  # the first ones load libraries
+    def strict(optimizer, config, progress, batches) -> None:
+        start_step(optimizer, config, progress, batches)
+        if progress.step >= 2:  # the first ones load libraries
             torch.cuda.set_sync_debug_mode("error")
-            strict_steps.append(state.step)
+            strict_steps.append(progress.step)
 
-    def may_wait(function):
-        def wrapper(*arguments):
-            torch.cuda.set_sync_debug_mode("default")
-            return function(*arguments)
+    def may_wait(*arguments):
+        torch.cuda.set_sync_debug_mode("default")
+        return mean_loss(*arguments)
 
-        return wrapper
-
+    mean_loss = run.mean_loss
     monkeypatch.setattr(run, "start_step", strict)
-    for name in ("settle_losses", "mean_loss"):
-        monkeypatch.setattr(run, name, may_wait(getattr(run, name)))
+    monkeypatch.setattr(run, "mean_loss", may_wait)
     try:
-        _, state, _ = fit(prepared, loop, device="cuda", precision=precision, max_epochs=1)
+        _, hooks, _ = fit(prepared, loop, device="cuda", precision=precision, max_epochs=1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert state.step == state.total_steps > 10 and len(strict_steps) == state.step - 2
+    assert hooks.progress.step > 10 and len(strict_steps) == hooks.progress.step - 2
 
 
-def test_a_nan_loss_names_its_step(prepared):
-    """Noticed at the next logged point; fp16's scaler skips such a step instead."""
-
-    def feed(precision: str) -> run.State:
-        config = run.TrainConfig(precision=precision)
-        state = run.State(config, run.build_loaders(config, prepared, torch.device("cpu"))[0])
-        state.begin(model=tiny_model())
-        for loss in (6.0, math.nan, 2.0):
-            state.end_batch(torch.tensor(loss))
-            state.end_step()
-        state.log_losses()
-        return state
-
-    with pytest.raises(
-        run.TrainingError, match="the loss of step 2 is nan; last good checkpoint: none"
-    ):
-        feed("fp32")
-    state = feed("fp16")
-    tokens = state.sampler.target_tokens(0) + state.sampler.target_tokens(2)
-    assert state.history["train"] == [(3, 8.0 / tokens)]
-    with pytest.raises(run.TrainingError, match="validation loss after step 3 is nan"):
-        state.end_epoch(math.nan)
+def test_a_nan_loss_is_noticed_at_the_next_point(prepared):
+    """fp16's scaler skips such a step instead. Weights that are not finite are never saved."""
+    progress = run.Progress(step=20)
+    for loss in (6.0, math.nan):
+        progress.add(torch.tensor(loss), torch.tensor(2))
+    with pytest.raises(FloatingPointError, match="the train loss at step 20 is nan"):
+        copy.deepcopy(progress).log(run.TrainConfig(precision="fp32"), 0.1)
+    progress.log(run.TrainConfig(precision="fp16"), 0.1)
+    assert not progress.history["train"]
+    progress.add(torch.tensor(6.0), torch.tensor(4))
+    progress.log(run.TrainConfig(precision="fp16"), 0.1)
+    assert progress.history["train"] == [(20, 1.5)], "the sums begin anew at every point"
+    with pytest.raises(FloatingPointError, match="the validation loss at step 20 is nan"):
+        progress.record("validation", math.nan)
+    model, hooks, _ = fit(prepared, max_epochs=1)
     with torch.no_grad():
-        state.parts["model"].embedding.weight[3, 3] = math.inf
-    with pytest.raises(run.TrainingError, match="after step 3 is not finite"):
-        state.save()
+        model.embedding.weight[3, 3] = math.inf
+    with pytest.raises(FloatingPointError, match="embedding.weight after step .* is not finite"):
+        hooks.save(hooks.progress)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
 @pytest.mark.parametrize("overflows", [0, 1])
-def test_an_overflow_of_fp16_is_skipped_and_counted(prepared, monkeypatch, overflows, device):
+@pytest.mark.parametrize("loop", ["raw", pytest.param("lightning", marks=needs_cuda)])
+def test_an_overflow_of_fp16_is_skipped_and_counted(prepared, monkeypatch, overflows, device, loop):
     """The scaler skips the step, and training continues. (On a CPU the program refuses fp16, which
-    is slow there; but it works.)"""
-    plain, scales = run.scale_loss, []
+    is slow there; but the raw loop can.)"""
+    steps, forward = [], TransformerSeq2SeqModel.forward
 
-    def scale(*arguments) -> torch.Tensor:
-        scales.append(1e6 if overflows and len(scales) == 2 else 1)
-        return plain(*arguments) * scales[-1]
+    def overflow(model, *arguments, **more):
+        loss, tokens = forward(model, *arguments, **more)
+        if model.training:
+            steps.append(loss)
+        return loss * (1e9 if overflows and len(steps) == 3 else 1), tokens
 
-    monkeypatch.setattr(run, "scale_loss", scale)
-    model, state, _ = fit(prepared, precision="fp16", max_epochs=1, device=device)
-    assert state.step == len(scales) and run.count_skipped(state) == overflows
+    monkeypatch.setattr(TransformerSeq2SeqModel, "forward", overflow)
+    model, hooks, _ = fit(prepared, loop, precision="fp16", max_epochs=1, device=device)
+    assert hooks.progress.step == len(steps)
+    assert run.count_skipped(hooks.progress, hooks) == overflows
     assert all(weight.isfinite().all() for weight in model.parameters())
-    assert state.best < state.history["train"][0][1]
+    assert hooks.found["best"] < 5
 
 
 @pytest.mark.parametrize("loop", ["raw", "lightning"])
@@ -2044,39 +2097,46 @@ def test_a_diverging_run_ends_in_one_line(loop, tmp_path):
     done = command(*arguments, cwd=tmp_path)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     last = done.stderr.splitlines()[-1]
-    assert re.match(r"error: the loss of step \d+ is nan", last)
-    assert not (tmp_path / "model").exists()
+    assert re.match(r"error: the train loss at step \d+ is nan; last good checkpoint: none", last)
+    assert not (tmp_path / "model" / "config.json").exists()
 
 
-def test_out_of_memory_is_one_line(tmp_path, monkeypatch, capsys):
-    for loop in ("raw", "lightning"):
+def test_out_of_memory_is_one_line(folder, tmp_path, monkeypatch, capsys):
+    """With advice that the command can follow."""
+    train = [*SMALL, "--no-modlee", "--output", tmp_path / "model", "--loop"]
+    use = ["--model", folder]
+    for command, flag in (
+        ([*train, "raw"], "--accumulate"),
+        ([*train, "lightning"], "--batch-size"),
+        (["translate", *use, "I see."], "--batch-tokens or --beam\n"),
+        (["evaluate", *use], "--batch-tokens or --beam\n"),
+    ):
         for words, code in (("CUDA out of memory. Tried", 1), ("mat1 and mat2 shapes", None)):
             fail = Mock(side_effect=RuntimeError(words))
-            monkeypatch.setattr(run, "batch_loss", fail)
-            more = ("--loop", loop, "--no-modlee", "--output", tmp_path / "model")
+            monkeypatch.setattr(TransformerSeq2SeqModel, "encode", fail)
             if code is None:
                 with pytest.raises(RuntimeError, match=words):
-                    main(*SMALL, *more)
+                    main(*command)
             else:
-                assert main(*SMALL, *more) == code
-                assert "error: out of memory; lower --batch-tokens" in capsys.readouterr().err
+                assert main(*command) == code
+                error = capsys.readouterr().err
+                assert "error: out of memory; lower --batch-tokens" in error and flag in error
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("loop", ["raw", "lightning"])
-def test_a_long_run_keeps_its_memory_and_files(prepared, loop, monkeypatch):
+def test_a_long_run_keeps_its_memory_and_files(prepared, loop):
     """STEPS=20000 for a long one: memory within 2 % from the first tenth to the end."""
-    looks, end_step = [], run.State.end_step
+    looks = []
 
-    def look(state: run.State) -> None:
-        if state.step % (STEPS // 20) == 0:
-            looks.append((resident_pages(), len(os.listdir("/proc/self/fd"))))
-        if state.step == STEPS:
-            state.signal = signal.SIGTERM
-        end_step(state)
+    class Look(MemoryHooks):
+        def after_step(self, progress: run.Progress) -> None:
+            super().after_step(progress)
+            if progress.step % (STEPS // 20) == 0:
+                looks.append((resident_pages(), len(os.listdir("/proc/self/fd"))))
+            self.stop = progress.step == STEPS
 
-    monkeypatch.setattr(run.State, "end_step", look)
-    fit(prepared, loop, max_epochs=math.ceil(STEPS * 64 / len(prepared.train)) + 1)
+    fit(prepared, loop, hooks=Look, max_epochs=math.ceil(STEPS * 64 / len(prepared.train)) + 1)
     pages, files = zip(*looks)
     assert max(pages[2:]) <= 1.02 * pages[2], pages
     assert max(files[2:]) <= files[2], files
@@ -2099,6 +2159,7 @@ def test_two_processes_train_like_one_on_both_batches(tmp_path):
         losses += re.findall("loss  .*", done.stdout)
         weights.append(load_file(tmp_path / arguments[-1] / "model.safetensors"))
     assert len(losses) == 3 and len(set(losses)) == 1
+    assert all(torch.equal(weights[1][name], weights[2][name]) for name in weights[1]), "one path"
     for name, weight in weights[0].items():
         for other in weights[1:]:
             differs = (weight - other[name]).abs() > 1e-4
@@ -2106,8 +2167,7 @@ def test_two_processes_train_like_one_on_both_batches(tmp_path):
                 differs = differs.view(3, -1)[[0, 2]]
             assert not differs.any(), name
     # Nothing is left but what one process writes.
-    names = [f"{name}{end}" for name in ("lightning", "one", "raw") for end in ("", ".checkpoints")]
-    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lightning", "one", "raw"]
 
 
 # ---- checkpoints, signals, full disks -----------------------------------------------------------
@@ -2115,12 +2175,12 @@ def test_two_processes_train_like_one_on_both_batches(tmp_path):
 
 def write_states(folder: Path, *steps: int) -> list[Path]:
     """Small checkpoints: 400 kB, filled with the number of the step."""
-    return [
-        run.write_checkpoint(
-            folder, {"data": "d"}, {"state": {"step": step}, "w": torch.full((100_000,), step)}
-        )
-        for step in steps
-    ]
+    paths = run.steps_in(folder)
+    for step in steps:
+        content = {"step": step, "w": torch.full((100_000,), step)}
+        last = paths[-1] if paths else None
+        paths.append(run.write_checkpoint(folder, content, last))
+    return paths
 
 
 class Hostile:
@@ -2171,52 +2231,34 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_it_used(
     damage, tmp_path, capsys, monkeypatch
 ):
     """No code in it is executed. Of several processes the first sets it aside."""
-    _, newest = write_states(tmp_path / "checkpoints", 1, 2)
-    assert run.read_checkpoint(newest.parent)["state"]["step"] == 2
+    older, newest = write_states(tmp_path, 1, 2)
+    assert run.read_checkpoint(tmp_path)[0] == newest
     damage(newest, tmp_path / "owned")
     with monkeypatch.context() as second:
         second.setenv("RANK", "1")
-        assert run.read_checkpoint(newest.parent)["state"]["step"] == 1 and newest.exists()
-    checkpoint = run.read_checkpoint(newest.parent)
-    assert checkpoint["state"]["step"] == 1 and (checkpoint["w"] == 1).all()
+        assert run.read_checkpoint(tmp_path)[0] == older and newest.exists()
+    path, checkpoint = run.read_checkpoint(tmp_path)
+    assert path == older and checkpoint["step"] == 1 and (checkpoint["w"] == 1).all()
     said = capsys.readouterr().err
     assert f"note: {newest} cannot be read" in said
     assert ("not a zip archive" in said) == (damage in (empty, plain_pickle, before_a_zip))
     assert newest.with_suffix(".damaged").exists() and not newest.exists()
     assert not (tmp_path / "owned").exists()
+    older.write_bytes(b"")
+    with pytest.raises(InputError, match="no checkpoint"):
+        run.read_checkpoint(tmp_path)
 
 
-def test_a_disk_without_room_for_a_checkpoint_is_said_before_training(tmp_path, capsys):
-    usage = Mock(free=100_000)
-    with patch.object(shutil, "disk_usage", return_value=usage):
-        assert main(*SMALL, "--output", tmp_path / "model") == 2
-    assert re.search(r"0\.1 MB are free.*make room", capsys.readouterr().err)
-    assert not any(path.is_file() for path in tmp_path.rglob("*"))
-
-
-def test_the_folder_of_checkpoints_stands_beside_the_model_folder():
-    for name in ("a/b", "a/b/"):
-        config = run.TrainConfig(output=name)
-        assert run.checkpoint_folder(config) == Path("a/b.checkpoints")
-
-
-def test_only_the_newest_two_checkpoints_are_kept_and_no_debris(tmp_path, monkeypatch):
-    """Also while one is written: `check_room` counts on it."""
-    beside, write_file = [], run.write_file
-
-    def count(path: Path, write) -> None:
-        beside.append(len(list(path.parent.iterdir())))
-        write_file(path, write)
-
-    monkeypatch.setattr(run, "write_file", count)
-    write_states(tmp_path, 1, 2)
-    (tmp_path / ".123.step-000000003.pt").write_bytes(b"half")  # as a killed one leaves it
-    write_states(tmp_path, 3)
-    monkeypatch.setenv("RANK", "1")
-    assert write_states(tmp_path, 4) == [None], "the first of several processes writes"
-    names = ["step-000000002.pt", "step-000000003.pt"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == names
-    assert beside == [0, 1, 1]
+def test_only_the_newest_two_checkpoints_are_kept_and_no_debris(tmp_path):
+    """And a run notices another that writes into its folder."""
+    first, second = write_states(tmp_path, 1, 2)
+    (first.parent / ".123.step-000000003.pt").write_bytes(b"half")  # as a killed one leaves it
+    *_, third = write_states(tmp_path, 3)
+    assert sorted(first.parent.iterdir()) == [second, third]
+    for last in (None, second):
+        with pytest.raises(run.TrainingError, match=f"another run writes to {tmp_path}.*step-0+3"):
+            run.write_checkpoint(tmp_path, {"step": 4}, last)
+    assert sorted(first.parent.iterdir()) == [second, third]
 
 
 @contextlib.contextmanager
@@ -2237,39 +2279,47 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
     failure = pytest.raises(run.TrainingError, match=f"cannot write.*{first} is intact.*--resume")
     with full_disk(200_000), failure:  # half of a checkpoint
         write_states(tmp_path, 2)
-    assert [path.name for path in tmp_path.iterdir()] == [first.name]
+    assert list(first.parent.iterdir()) == [first]
     assert first.read_bytes() == before
 
 
 def test_a_disk_that_is_full_at_the_end_loses_nothing(tmp_path, capsys, monkeypatch):
-    """The model folder cannot be written; the last checkpoint is there, and resuming finishes."""
+    """The model cannot be written; the last checkpoint is there, and resuming finishes. A model
+    that is there stays whole until the next one is."""
     output, save = tmp_path / "model", run.save_model
 
     def full(*arguments) -> None:
         with full_disk(20_000):
             save(*arguments)
 
-    monkeypatch.setattr(run, "save_model", full)
-    assert main(*SMALL, "--loop", "raw", "--output", output) in (1, 2)
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: ") and str(output.parent) in error and "--resume" in error
-    assert [path.name for path in tmp_path.iterdir()] == ["model.checkpoints"]
-    monkeypatch.setattr(run, "save_model", save)
-    assert main("--resume", output) == 0 and (output / "metrics.json").is_file()
+    for flags, left in (
+        ([*SMALL, "--loop", "raw", "--output", output], {"checkpoints", "loss.png"}),
+        (["--resume", output, "--max-epochs", 2], None),
+    ):
+        before = {path: path.read_bytes() for path in output.glob("*.*")}
+        monkeypatch.setattr(run, "save_model", full)
+        assert main(*flags) == 1
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("error: ") and str(output) in error and "--resume" in error
+        assert {path.name for path in output.iterdir()} == left or left is None
+        for path, content in before.items():
+            assert path.name == "loss.png" or path.read_bytes() == content
+        monkeypatch.setattr(run, "save_model", save)
+        assert main("--resume", output) == 0 and (output / "metrics.json").is_file()
 
 
 def test_a_failing_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "metrics.json"
-    run.write_json(path, {"a": 1})
+    translate.write_json(path, {"a": 1})
     with pytest.raises(ValueError, match="JSON"):
-        run.write_json(path, {"a": math.nan})
+        translate.write_json(path, {"a": math.nan})
 
     def half(temporary: Path) -> None:
         temporary.write_text("half")
         raise RuntimeError("disk full\nand more")
 
     with pytest.raises(OSError, match=rf"cannot write {path} \(disk full\?\): disk full and more"):
-        run.write_file(path, half)
+        translate.write_file(path, half)
     assert json.loads(path.read_text()) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.json"]
 
@@ -2287,7 +2337,7 @@ def test_a_signal_saves_the_last_state(loop, number, tmp_path, capsys):
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
-    while not any(Path(f"{output}.checkpoints").glob("step-*.pt")):  # steps are being made
+    while not run.steps_in(output):  # steps are being made
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(number)
@@ -2295,13 +2345,21 @@ def test_a_signal_saves_the_last_state(loop, number, tmp_path, capsys):
     process.send_signal(number)  # impatience loses nothing
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number, err
-    assert b"Traceback" not in err and not output.exists()
-    assert f"next:  python run.py --resume {output}.checkpoints" in out.decode()
-    epoch = run.read_checkpoint(Path(f"{output}.checkpoints"))["state"]["epoch"]
+    assert b"Traceback" not in err and not (output / "config.json").exists()
+    assert f"next:  python run.py --resume {output}\n" in out.decode()
+    epoch = run.read_checkpoint(output)[1]["progress"]["epoch"]
     # What it has learnt can be had at once.
     assert main("--resume", output, "--max-epochs", epoch) == 0
-    assert f"max_epochs 10000 -> {epoch}" in capsys.readouterr().out
     assert main("translate", "--model", output, "I see.") == 0
+
+
+def test_training_in_another_thread_works_without_signals(tmp_path):
+    before, codes = signal.getsignal(signal.SIGTERM), []
+    flags = [*SMALL, "--loop", "raw", "--output", tmp_path / "model"]
+    thread = threading.Thread(target=lambda: codes.append(main(*flags)))
+    thread.start()
+    thread.join()
+    assert codes == [0] and signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
@@ -2347,86 +2405,128 @@ sys.exit(run.main(sys.argv[1:]))
     whole, part = time.perf_counter() - begun, 0
     expected = (tmp_path / "whole" / "model.safetensors").read_bytes()
     for kill in range(KILLS + 1):
-        output, checkpoints = f"part{part}", tmp_path / f"part{part}.checkpoints"
+        output = f"part{part}"
         flags = ["--resume", output, "--loop", next(loops)]
-        if not any(checkpoints.glob("step-*.pt")):
+        if not run.steps_in(tmp_path / output):
             flags = [*arguments, output]
         how = {"saves": chance.randint(1, 8)} if kill % 2 else {"seconds": chance.uniform(0, whole)}
         if start(*flags, **({} if kill == KILLS else how)) == 0:  # the last is left in peace
             assert (tmp_path / output / "model.safetensors").read_bytes() == expected
-            assert not any(checkpoints.glob(".*")), "no half file is left"
+            assert not list((tmp_path / output).rglob(".*")), "no half file is left"
             part += 1
     assert part > 0
 
 
+def other_value(field: dataclasses.Field) -> list[str]:
+    """Words of the command line that set a field to something else than `SMALL` has."""
+    flag = f"--{field.name.replace('_', '-')}"
+    known = {"dataset": "x.tsv", "columns": "2 1", "tokenizer": "train:400", "preset": "tutorial"}
+    known |= {"validation_set": "x.tsv", "test_set": "x.tsv", "positional": "none"}
+    known |= {"activation": "relu2", "validation_size": "30", "test_size": "0.3", "init": "x"}
+    if field.default is True or field.default is False:
+        return [f"--no-{flag[2:]}" if field.default else flag]
+    if field.name in known:
+        return [flag, *known[field.name].split()]
+    return [flag, "xy" if "str" in str(field.type) else "0.25" if field.type is float else "7"]
+
+
+FIXED = [field for field in dataclasses.fields(run.TrainConfig) if field.name not in run.RESUMABLE]
+
+
+@pytest.mark.parametrize("field", FIXED, ids=lambda field: field.name)
+def test_resume_refuses_what_it_cannot_change(field, folder, capsys):
+    """Every such flag by its name, before anything is loaded; equal values are fine."""
+    words = other_value(field)
+    with patch.object(torch, "load", side_effect=AssertionError):
+        assert main("--resume", folder, *words) == 2
+    error = capsys.readouterr().err
+    flag = words[0].replace("--no-", "--")
+    assert error.startswith(f"error: {flag} ") and "--init" in error and error.count("\n") == 1
+    assert run.parse_settings(["--resume", str(folder), *SMALL[:2]]).num_samples == 300
+
+
 def test_a_run_is_resumed_extended_and_started_from(folder, tmp_path, capsys, monkeypatch):
-    """From the command line, with settings that change and settings that cannot."""
-    copy = shutil.copytree(folder.parent, tmp_path / "copy")
-    model, checkpoints = copy / "model", copy / "model.checkpoints"
-    (newest,) = checkpoints.glob("step-*.pt")
+    """From the command line, with settings that change and data that may not."""
+    model = shutil.copytree(folder, tmp_path / "copy")
+    (newest,) = run.steps_in(model)
     assert newest.stat().st_mode & 0o044 and b"secret-key-7f3a" not in newest.read_bytes()
-    settings = torch.load(newest, weights_only=True)["settings"]
+    settings = json.loads((model / "checkpoints" / "settings.json").read_text())
+    assert settings["precision"] == settings["device"] == "auto", "chosen anew when it is resumed"
     pairs = write_pairs(tmp_path / "pairs.tsv", list(data.phrasebook(300, seed=9)))
-    monkeypatch.chdir(copy)
+    monkeypatch.chdir(tmp_path)
     for flags, message in (
-        (("--resume", model, "--num-samples", 200), "start a new run from its model with --init"),
-        (("--resume", model, "--d-model", 64, "--max-epochs", 2), "has other sizes"),
         ((*SMALL, "--output", "fresh", "--init", model, "--d-model", 64), "has 32; leave"),
-        ((*SMALL, "--output", model), "exists already"),
+        ((*SMALL, "--output", model), "belongs to another run: continue it with --resume"),
+        (("--resume", "copy/checkpoints"), "copy/checkpoints is not the folder of a run"),
     ):
         assert main(*flags) == 2
         assert message in capsys.readouterr().err
-    with run.locked(copy / "model.checkpoints"):
-        assert main("--resume", model, "--max-epochs", 2) == 2
-    assert "error: another run is writing to" in capsys.readouterr().err
-    shutil.move(model, copy / "elsewhere")
-    assert main(*SMALL, "--output", model) == 2
-    assert "belongs to another run: continue it with --resume" in capsys.readouterr().err
-    shutil.move(copy / "elsewhere", model)
-    # More epochs; the model folder is replaced when there is a better one.
+    (tmp_path / "old.checkpoints").mkdir()
+    (tmp_path / "old.checkpoints" / "step-000000009.pt").touch()
+    for name in ("old", "old.checkpoints"):
+        assert main("--resume", name) == 2
+        assert "old.checkpoints was written by an older version" in capsys.readouterr().err
+    # More epochs; the model is replaced, whole. The folder may have a link and a slash.
     (model / "mine").mkdir()
+    (tmp_path / "latest").symlink_to("copy")
     more = ("--no-modlee", "--mlruns", "none", "--max-epochs", 2, "--loop", "raw")
-    assert main("--resume", model, *more, "--batch-size", 16) == 0
-    assert (model / "mine").is_dir() and not list(copy.rglob(".*")), "what others put there stays"
-    said = capsys.readouterr().out
-    assert "max_epochs 1 -> 2" in said and "loop lightning -> raw" in said and "seed" not in said
-    assert json.loads((model / "metrics.json").read_text())["steps"] == 9 + 18
-    rates = run.read_checkpoint(checkpoints)["state"]["history"]["learning_rate"]
-    assert 0 < rates[-1][1] < 0.15 * 3e-3, "the schedule ends with the run"
-    assert len(list(checkpoints.glob("step-*.pt"))) == 2
-    assert main("--resume", model, "--max-epochs", 1) == 2
+    assert main("--resume", "latest/", *more) == 0
+    assert (model / "mine").is_dir() and not list(model.rglob(".*")), "what others put there stays"
+    assert json.loads((model / "metrics.json").read_text())["steps"] == 9 + 9
+    rates = run.read_checkpoint(model)[1]["progress"]["history"]["rate"]
+    assert 0 < rates[-1][1] < 0.3 * 3e-3, "the schedule ends with the run"
+    assert len(run.steps_in(model)) == 2
+    assert main("--resume", "copy", "--max-epochs", 1) == 2
     assert "2 epochs are done, which is more than" in capsys.readouterr().err
-    newest.write_bytes(b"")  # by another version of the program
-    (checkpoints / "step-000000027.pt").unlink()
-    run.write_checkpoint(checkpoints, {"settings": {}}, {"state": {"step": 99}})
-    assert main("--resume", checkpoints) == 2
+    # Into another folder: the first stays as it is.
+    before = {path: path.read_bytes() for path in model.rglob("*.*")}
+    assert main("--resume", "copy", "--output", "fork", "--max-epochs", 3) == 0
+    assert {path: path.read_bytes() for path in model.rglob("*.*")} == before
+    assert json.loads(Path("fork/metrics.json").read_text())["steps"] == 27
+    # Other data under the same name.
+    with patch.object(data, "phrasebook", partial(data.phrasebook, seed=1)):
+        assert main("--resume", "fork", "--max-epochs", 4) == 2
+    assert "start a new run from its model with --init" in capsys.readouterr().err
+    settings.pop("beam")  # by another version of the program
+    (model / "checkpoints" / "settings.json").write_text(json.dumps(settings))
+    assert main("--resume", "copy") == 2
     assert "by another version" in capsys.readouterr().err
     config = json.loads((model / "config.json").read_text())
     changed = config | {"source_lang": "de"}
     (model / "config.json").write_text(json.dumps(changed))
-    assert run.parse_command_line(["--init", str(model)])[1].source_lang == "de"
+    assert run.parse_settings(["--init", "copy"]).source_lang == "de"
     changed["model"] = config["model"] | {"tie_embeddings": False}
     (model / "config.json").write_text(json.dumps(changed))
     assert main(*SMALL, "--init", model) == 2
     assert "untied embeddings" in capsys.readouterr().err
     del config["model"]["activation"]  # as in a folder that is older than the field
     (model / "config.json").write_text(json.dumps(config))
-    (copy / "a.checkpoints").touch()  # a file where checkpoints are to be
-    assert main(*SMALL, "--output", "a") == 2
-    assert "a.checkpoints; give another --output" in capsys.readouterr().err
     # Other pairs, the same weights and tokenizer, either loop: one step of next to nothing.
     flags = ["--init", str(model), "--dataset", str(pairs), "--max-epochs", "1", "--clip-norm"]
-    flags += ["1e-9", "--learning-rate", "0", "--mlruns", "none", "--no-modlee"]
+    flags += ["1e-9", "--learning-rate", "1e-9", "--mlruns", "none", "--no-modlee"]
     for loop in ("raw", "lightning"):
         assert main(*flags, "--loop", loop, "--output", loop) == 0
-        weights = [load_file(path / "model.safetensors") for path in (model, copy / loop)]
-        assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-        tokenizers = [(path / "tokenizer.json").read_bytes() for path in (model, copy / loop)]
+        weights = [load_file(path / "model.safetensors") for path in (model, tmp_path / loop)]
+        assert all(close(weights[0][name], weights[1][name]) for name in weights[0])
+        tokenizers = [(path / "tokenizer.json").read_bytes() for path in (model, tmp_path / loop)]
         assert tokenizers[0] == tokenizers[1]
-    model.rename(copy / "moved")  # which the new run needs no more
-    more = ("--max-epochs", 2, "--no-modlee", "--learning-rate", 1e-3)
-    assert main("--resume", "raw", *more) == 0
-    assert settings["loop"] == "lightning"
+    model.rename(tmp_path / "moved")  # which the new run needs no more
+    Path("raw").rename("renamed")
+    assert main("--resume", "renamed", "--max-epochs", 2, "--no-modlee") == 0
+
+
+def test_an_optimizer_keeps_its_own_settings_when_resumed(prepared):
+    """As on a machine without the fused kernels that wrote the checkpoint."""
+    model, hooks, _ = fit(prepared, max_epochs=1, weight_decay=0.1)
+    again = MemoryHooks(hooks.config, prepared, next(iter(hooks.states.values())))
+    groups = [{"params": [p], "weight_decay": 0.3} for p in model.parameters()]
+    optimizer = torch.optim.AdamW(groups, lr=9.0, foreach=False)
+    count = len(list(model.parameters()))
+    again.checkpoint["optimizer"] = {i: again.checkpoint["optimizer"][i] for i in range(count)}
+    again.begin(run.Progress(), 1, model, optimizer, None)
+    for group in optimizer.param_groups:
+        assert (group["fused"], group["foreach"], group["weight_decay"]) == (None, False, 0.3)
+    assert optimizer.state_dict()["state"][3]["step"] == hooks.progress.step
 
 
 def test_nothing_in_a_model_folder_is_executed(folder, tmp_path):
@@ -2507,8 +2607,8 @@ def test_a_run_leaves_a_whole_model_folder_and_nothing_else(folder):
     ):
         assert word in out
     assert metrics["signature"] in out and out.count("translation  ") == 6
-    more = f"python run.py --resume {folder}.checkpoints --max-epochs 2"
-    assert f"{folder}.checkpoints is kept for {more}; delete it otherwise" in out
+    more = f"python run.py --resume {folder} --max-epochs 2"
+    assert f"{folder}/checkpoints is kept for {more}; else delete it" in out
     log = (root / "stderr").read_text()
     assert "\r" not in log and log.count("epoch 1/1:  ") < 30, "few lines of progress in a file"
     assert [path.name for path in (root / "work").iterdir()] == ["runs"]
@@ -2567,7 +2667,7 @@ def test_a_run_is_seen_while_it_trains(loop, tmp_path, capsys, monkeypatch):
     said = capsys.readouterr()
     (line,) = [part for part in said.err.splitlines() if "epoch 1/2: train" in part]
     assert re.search(r"validation \d.*BLEU .* of 20 pairs, 0:00:\d\d left", line)
-    assert (tmp_path / "model.checkpoints" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "model" / "loss.png").read_bytes().startswith(b"\x89PNG")
     client = mlflow.MlflowClient(store)
     (found,) = client.search_runs(["0"])
     assert found.info.status == "FINISHED" and found.info.run_name == "model"
@@ -2576,7 +2676,7 @@ def test_a_run_is_seen_while_it_trains(loop, tmp_path, capsys, monkeypatch):
     assert "given up" not in said.err and not (tmp_path / "mlruns").exists()
     curves = {
         name: [(p.step, p.value) for p in client.get_metric_history(found.info.run_id, name)]
-        for name in ("train", "learning_rate", "validation", "bleu")
+        for name in ("train", "rate", "validation", "bleu")
     }
     assert [len(points) for points in curves.values()] == [3, 3, 2, 2]
     metrics = json.loads((tmp_path / "model" / "metrics.json").read_text())
@@ -2587,40 +2687,36 @@ def test_a_run_is_seen_while_it_trains(loop, tmp_path, capsys, monkeypatch):
 
 def test_failing_records_do_not_end_training(tmp_path, capsys, monkeypatch):
     pytest.importorskip("mlflow")
-    draw = run.draw_curves
 
     def fail(*_) -> None:
         raise OSError("No space left on device")
 
-    def fail_beside(path: Path, state) -> None:
-        fail() if path.parent.name.endswith(".checkpoints") else draw(path, state)
-
-    monkeypatch.setattr(run, "draw_curves", fail_beside)
+    monkeypatch.setattr(run, "draw_curves", fail)
     monkeypatch.setattr(run, "set_mlflow_store", fail)
     more = ("--loop", "raw", "--max-epochs", 2, "--mlruns", tmp_path / "mlruns")
     assert main(*SMALL, *more, "--output", tmp_path / "model") == 0
     error = capsys.readouterr().err
     for name in ("MLflow", "loss.png"):
         assert error.count(f"note: {name} is given up: No space left on device") == 1
-    assert (tmp_path / "model" / "loss.png").is_file()
+    assert (tmp_path / "model" / "config.json").is_file()
 
 
 def test_samples_change_nothing_that_is_learnt_and_no_time(prepared, tmp_path):
     """And the time left includes long validations."""
     seconds = []
 
-    def after_epoch(state: run.State, model) -> None:
-        seconds.append(state.seconds)
-        run.log_epoch(
-            dataclasses.replace(state.config, mlruns="none"), prepared, tmp_path, state, model
-        )
-        state.started -= 1000  # as if it took so long; it does not count
+    class Show(MemoryHooks):
+        def show(self, progress: run.Progress) -> None:
+            seconds.append(self.found["seconds"])
+            self.folder, self.config = tmp_path, dataclasses.replace(self.config, mlruns="none")
+            run.RunHooks.show(self, progress)
+            self.started -= 1000  # as if it took so long; it does not count
 
-    plain = fit(prepared)[0]
-    assert same_weights(plain, fit(prepared, after_epoch=after_epoch)[0])
+    plain, hooks, _ = fit(prepared)
+    assert same_weights(plain, fit(prepared, hooks=Show)[0])
     assert seconds[1] < 1000
-    state = SimpleNamespace(step=100, total_steps=400, seconds=1234.0)
-    assert run.time_left(state) == "1:01:42"
+    hooks.found["seconds"], hooks.batches = 1234.0, 100
+    assert hooks.time_left(run.Progress(epoch=0, batch=50)) == "1:01:42"
 
 
 # ---- translating and scoring ------------------------------------------------------------------
@@ -2674,9 +2770,8 @@ def test_over_long_lines_are_split_and_named(folder, tmp_path, capsys, prepared)
     """With learned positions too, which end: nothing is lost, nothing fails."""
     config = run.TrainConfig(positional="learned")
     model = tiny_model(vocab_size=320, positional="learned")
-    state = run.State(config, run.build_loaders(config, prepared, torch.device("cpu"))[0])
     tokenizer = data.load_tokenizer(str(folder))
-    run.save_model(tmp_path / "m", model, prepared._replace(tokenizer=tokenizer), config, {}, state)
+    run.save_model(tmp_path / "m", model, prepared._replace(tokenizer=tokenizer), config, {})
     assert main("translate", "--model", tmp_path / "m", "short", "one two " * 40) == 0
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 2
@@ -2835,7 +2930,7 @@ def test_held_out_parts_are_trained_without_and_scored_on(tmp_path, capsys):
     # Handed in as sets, they are left out of training.
     sets = {name: str(tmp_path / "m" / f"{name}.tsv") for name in parts}
     more = ("--validation-set", sets["validation"], "--test-set", sets["test"])
-    config = run.parse_command_line(list(map(str, (*own, *more))))[1]
+    config = run.parse_settings(list(map(str, (*own, *more))))
     prepared = run.prepare_data(config)
     assert prepared.dropped["held out"] == sum(source in held_out for source, _ in rows)
     assert prepared.test_pairs == parts["test"]
@@ -2918,10 +3013,10 @@ def test_without_the_engine_one_line_says_how_to_get_it(folder, tmp_path, capsys
 
 def bench_case(prepared, **changes):
     config = run.TrainConfig(**TINY_BENCH, max_epochs=1, precision="fp32", **changes)
-    model, loaders, _ = lightning.bench_case(config, prepared, torch.device("cpu"))
+    model, loaders = lightning.bench_case(config, prepared, torch.device("cpu"))
     loaders[0].batch_sampler.repeats = 1
     loaders[0].batch_sampler.set_epoch(0)
-    return config, model, loaders, run.State(config, loaders[0])
+    return config, model, loaders
 
 
 TINY_BENCH = {"d_model": 16, "nhead": 2, "dim_feedforward": 32, "batch_size": 16}
@@ -2929,7 +3024,7 @@ TINY_BENCH |= {"num_encoder_layers": 1, "num_decoder_layers": 1}
 
 
 def test_two_turns_are_the_same_work(prepared):
-    _, model, loaders, _ = bench_case(prepared)
+    _, model, loaders = bench_case(prepared)
     sampler, window = loaders[0].batch_sampler, lightning.WINDOW
     sampler.repeats = 2
     sampler.set_epoch(0)
@@ -2951,10 +3046,10 @@ def test_every_arm_trains_like_the_raw_loop(prepared, name, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     ends = []
     for arm in ("raw", name):
-        config, model, loaders, state = bench_case(prepared, clip_norm=1.0)
-        lightning.run_arm(lightning.ARMS[arm], model, loaders, config, state, prepared)
-        ends.append((state, model))
-    assert trained_alike(ends[0][0], ends[1][0]) and same_weights(ends[0][1], ends[1][1])
+        config, model, loaders = bench_case(prepared, clip_norm=1.0)
+        progress = lightning.run_arm(lightning.ARMS[arm], model, loaders, config, prepared)
+        ends.append((progress.history, model))
+    assert ends[0][0] == ends[1][0] and same_weights(ends[0][1], ends[1][1])
     left = [path.name for path in tmp_path.rglob("*") if path.is_file()]
     assert any(file.endswith(".ckpt") for file in left) == (name in ("save", "defaults"))
     # By itself Lightning logs to TensorBoard where that is installed.
@@ -2964,19 +3059,20 @@ def test_every_arm_trains_like_the_raw_loop(prepared, name, tmp_path, monkeypatc
 
 def test_phases_and_loop_overhead_make_up_a_step(prepared, monkeypatch):
     """Every phase is called as often as it should be, and the patches are removed afterwards."""
-    config, model, loaders, state = bench_case(prepared)
+    config, model, loaders = bench_case(prepared)
     timer, ticks, steps = lightning.TurnTimer(None, torch.device("cpu")), itertools.count(), []
     monkeypatch.setattr(timer, "clock", lambda: next(ticks))
     monkeypatch.setattr(lightning.TurnTimer, "__call__", lambda _, state: steps.append(state.step))
-    loss, backward, start_step = run.batch_loss, torch.Tensor.backward, run.start_step
+    before = TransformerSeq2SeqModel.forward, torch.Tensor.backward, run.start_step
     with lightning.timed_phases(timer, wait=True):
-        run.train_raw(model, *loaders, config, state)
+        run.train_raw(model, *loaders, config)
     count, validated = lightning.WINDOW, len(loaders[1])
     assert steps == list(range(count))
     assert timer.phases.pop("forward") == count + validated
     assert timer.phases.pop("data") >= count + validated
     assert timer.phases == dict.fromkeys(("backward", "clipping", "optimizer"), count)
-    assert (run.batch_loss, torch.Tensor.backward, run.start_step) == (loss, backward, start_step)
+    after = TransformerSeq2SeqModel.forward, torch.Tensor.backward, run.start_step
+    assert before == after
 
 
 def test_a_stall_does_not_move_the_median_interval():
@@ -3033,7 +3129,7 @@ def test_an_interrupted_start_ends_the_processes_that_are_there():
 def test_costs_are_itemised_and_drawn(tmp_path, capsys):
     report = {"rows": [], "sizes": {}, "left_out": {"Modlee": "not installed"}}
     report |= {"precision": "fp32", "machine": "a machine", "matmul_gflops": 100.0}
-    report |= {"versions": run.versions()}
+    report |= {"versions": translate.versions()}
     for size, flops in {"small": 1e9, "demo": 4e9}.items():
         work = {"source_tokens": 10, "target_tokens": 20, "flops": flops}
         report["sizes"][size] = work
@@ -3063,9 +3159,8 @@ def test_bench_times_arms_in_processes_of_their_own(tmp_path, capsys, monkeypatc
     monkeypatch.setattr(lightning, "ARMS", lightning.ARMS | {"broken": broken})
     monkeypatch.setattr(lightning, "GROUPS", (("raw", "adapter", "broken"),))
     monkeypatch.setattr(lightning, "SIZES", {"cpu": {"small": {}, "demo": TINY_BENCH}})
-    report, trace = tmp_path / "bench.json", tmp_path / "trace.json"
-    assert main("bench", "--quick", "--turns", 3, "--json", report) == 0
-    found = json.loads(report.read_text())
+    trace = tmp_path / "trace.json"
+    found = lightning.main(lightning.BenchConfig(quick=True, turns=3))
     rows = {row["arm"]: row for row in found["rows"]}
     assert rows.keys() == {"raw", "adapter"} and len(rows["raw"]["turns_ms"]) == 3
     assert found["left_out"]["broken"].startswith("broken: ")
@@ -3073,11 +3168,25 @@ def test_bench_times_arms_in_processes_of_their_own(tmp_path, capsys, monkeypatc
     assert low <= high and rows["adapter"]["beside"] == "raw"
     assert "this adapter, --no-modlee" in capsys.readouterr().out
     for _ in range(2):  # it takes the place of its like
-        assert main("bench", "--profile", trace) == 0
+        assert lightning.main(lightning.BenchConfig(profile=str(trace))) == {}
     events = json.loads(trace.read_text())["traceEvents"]
     steps = [event["name"] for event in events if event["name"].startswith("ProfilerStep")]
     assert len(set(steps)) == 10
-    assert main("bench", "--profile", report) == 2
+    with pytest.raises(InputError, match="is not a report"):
+        lightning.main(lightning.BenchConfig(profile=str(HERE / "run.py")))
+    with pytest.raises(InputError, match="at least 3"):
+        lightning.main(lightning.BenchConfig(turns=2))
+
+
+def test_bench_is_a_script_that_nothing_imports(capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main("bench", "--turns", "0") == 2
+    assert "error: --turns must be at least 3" in capfd.readouterr().err
+    for name in MODULES:
+        source = (HERE / name).read_text(encoding="utf-8")
+        assert not re.search(r"^\s*(from|import) benchmarks", source, re.MULTILINE), name
+    code = "import os, sys; before = dict(os.environ); sys.stdout = sys.stdin = None; import run"
+    assert python("-c", f"{code}; sys.exit(before != os.environ)", cwd=HERE).returncode == 0
 
 
 def test_all_trainees_learn_the_same_task(prepared):
@@ -3185,7 +3294,7 @@ def test_a_hub_data_set_is_validated_and_tested_on_its_own_splits(hub_home, tmp_
 @needs_modlee
 def test_importing_modlee_leaves_the_process_as_it_was():
     script = """
-import logging, ssl, warnings, torch, run
+import logging, ssl, warnings, torch, modlee_record, run
 run.import_lightning()
 import mlflow, sklearn
 def state():
@@ -3195,7 +3304,7 @@ def state():
             list(logging.root.handlers), logging.root.level, list(warnings.filters),
             [(logging.getLogger(n).level, logging.getLogger(n).propagate) for n in names])
 before = state()
-assert run.import_modlee() is not None
+assert modlee_record.import_modlee() is not None
 after = state()
 for one, other in zip(before, after):
     assert one == other, (one, other)
@@ -3211,7 +3320,7 @@ def test_a_snapshot_puts_everything_back():
     model = tiny_model()
     model.embedding.weight.requires_grad_(False)
     model.dropout.eval()
-    restore = run.snapshot(model)
+    restore = modlee_record.snapshot(model)
     drawn = torch.rand(3).tolist(), np.random.rand(), random.random()
     for parameter in model.parameters():
         parameter.requires_grad_(True)
@@ -3231,7 +3340,7 @@ FROZEN = ("encoder_layers.0.linear1.weight",)
 
 @pytest.fixture(scope="module")
 def recorded(prepared, tmp_path_factory):
-    """Training with Modlee, in folders of its own: (model, state, record), folder."""
+    """Training with Modlee, in folders of its own: (model, hooks, record), folder."""
     folder = tmp_path_factory.mktemp("modlee")
     for name in ("work", "home"):
         (folder / name).mkdir()
@@ -3243,8 +3352,8 @@ def recorded(prepared, tmp_path_factory):
 
 @needs_modlee
 def test_modlees_text_of_a_graph_is_unchanged():
-    modlee = run.import_modlee()
-    ours, theirs = run.small_converter(modlee), modlee.converter.Converter()
+    modlee = modlee_record.import_modlee()
+    ours, theirs = modlee_record.small_converter(modlee), modlee.converter.Converter()
     parts = ["float", "_", "x", "1", " ", "\n", "float[2]", "a_b", "."]
     chance = random.Random(0)
     for _ in range(2000):
@@ -3254,9 +3363,9 @@ def test_modlees_text_of_a_graph_is_unchanged():
 
 @needs_modlee
 def test_modlee_does_not_change_the_weights(recorded, prepared):
-    (model, state, _), _ = recorded
-    raw, raw_state, _ = fit(prepared, freeze=FROZEN)
-    assert same_weights(raw, model) and trained_alike(raw_state, state)
+    (model, hooks, _), _ = recorded
+    raw, raw_hooks, _ = fit(prepared, freeze=FROZEN)
+    assert same_weights(raw, model) and trained_alike(raw_hooks, hooks)
     start = tiny_model(vocab_size=model.config.vocab_size)
     (name,) = FROZEN
     assert not model.get_parameter(name).requires_grad, "it stays frozen"
@@ -3281,7 +3390,7 @@ def test_modlee_leaves_nothing_behind_but_its_run(recorded):
 
 @needs_modlee
 def test_modlee_records_its_artifacts(recorded, prepared):
-    (_, state, record), _ = recorded
+    (_, hooks, record), _ = recorded
     expected = "model.py model_graph.py model_graph.txt model_size model_metafeatures"
     expected = {*expected.split(), "data_metafeatures", "cached_vars", "model_summary.txt"}
     assert expected <= set(record.artifacts)
@@ -3289,7 +3398,7 @@ def test_modlee_records_its_artifacts(recorded, prepared):
     features = json.loads((artifacts / "data_metafeatures").read_text())
     assert features["dataset_size"] == len(prepared.train)
     logged = (Path(record.run_path) / "metrics" / "val_loss").read_text().split()
-    loss = state.history["validation"][-1][1]
+    loss = hooks.progress.history["validation"][-1][1]
     assert float(logged[-2]) == pytest.approx(loss, abs=1e-5)
     assert record.seconds > 0
 
@@ -3312,9 +3421,9 @@ def test_a_store_that_fails_costs_the_record_and_not_the_run(
     prepared, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(run, "TRACKING_URI", "foo://bar")
-    _, state, record = fit(prepared, "lightning", True, tmp_path, max_epochs=1)
+    _, hooks, record = fit(prepared, "lightning", True, tmp_path, max_epochs=1)
     assert "Modlee records nothing: " in capsys.readouterr().err
-    assert state.epoch == 1 and not record.run_path
+    assert hooks.progress.epoch == 1 and not record.run_path
 
 
 @needs_modlee
@@ -3322,10 +3431,9 @@ def test_pushing_to_a_dead_server_does_not_lose_the_run(recorded, capsys, monkey
     (_, _, record), folder = recorded
     monkeypatch.setenv("MODLEE_API_KEY", "secret-key-7f3a")
     monkeypatch.chdir(folder / "work")
-    record.push()
+    reason = record.push()
     out = capsys.readouterr()
-    assert "uploading" in out.out and "did not accept" in out.out
-    assert "secret-key-7f3a" not in out.out + out.err
+    assert reason and "secret-key-7f3a" not in out.out + out.err + reason
     assert not list((folder / "work").iterdir())
 
 
@@ -3353,23 +3461,7 @@ def test_the_code_in_the_readme_runs_as_printed(tmp_path):
     assert len(losses) == 3 and losses[-1] < losses[0] < math.log(28)
 
 
-def test_the_raw_loop_runs_when_it_is_copied_as_the_readme_says(tmp_path):
-    """With the imports of the two files, but without the files, and another model."""
-    parts = {"run.py": ("what both loops share", "the state of a run", "the raw loop")}
-    parts["data.py"] = ("messages", "batches")
-    imports, code = "", inspect.getsource(data.PairDataset)
-    for name, headings in parts.items():
-        source = (HERE / name).read_text(encoding="utf-8")
-        for line in re.findall(r"^(?:from|import) [^(\n]*\n", source, re.MULTILINE):
-            module = line.split()[1].split(".")[0]
-            imports += "" if module == "tyro" or f"{module}.py" in MODULES else line
-        for heading in headings:
-            code += source.split(f"\n# ---- {heading} -")[1].split("\n# ---- ")[0].lstrip("-")
-    fields = "max_epochs=2, accumulate=2, learning_rate=1e-2, weight_decay=0.1, clip_norm=1"
-    fields += ', warmup=0.1, cooldown=0.3, label_smoothing=0.1, seed=0, precision="bf16"'
-    fields += ", checkpoint_every=10"
-    imports += f"class TrainConfig:\n    {fields.replace(', ', '; ')}\n"
-    use = """
+TAGGER = """
 class Tagger(nn.Module):
     def __init__(self):
         super().__init__()
@@ -3380,17 +3472,111 @@ class Tagger(nn.Module):
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
         return loss, labels.ne(0).sum()
 
-ids = [list(range(2, 2 + n % 9)) + [1] for n in range(500)]
-dataset = PairDataset(("", row, row) for row in ids)
-loaders = [make_loader(dataset, 16) for _ in range(2)]
-state = State(TrainConfig, loaders[0])
-train_raw(Tagger(), *loaders, TrainConfig, state)
-print(state.history["validation"][-1][1])
+
+ids = torch.randint(2, 30, (500, 7))
+dataset = torch.utils.data.TensorDataset(ids, ids.flip(0) * 0 + ids)
+train_loader = torch.utils.data.DataLoader(dataset, batch_size=16, shuffle=True)
+validation_loader = torch.utils.data.DataLoader(dataset, batch_size=64)
+progress = train_raw(Tagger(), train_loader, validation_loader, Config)
+print(progress.history["validation"][-1][1])
 """
-    (tmp_path / "copied.py").write_text(imports + code + use, encoding="utf-8")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_raw_loop_runs_when_it_is_pasted(tmp_path, precision):
+    """One block of at most 190 lines, with the imports of torch and the standard library above it,
+    trains another module on plain loaders, and says how it goes."""
+    source = (HERE / "run.py").read_text(encoding="utf-8")
+    block = source[source.index("# ---- the raw loop -") :]
+    block = block[: block.index("\n# ---- ", 10) + 1]
+    assert block.count("\n") <= 190
+    own = {*sys.stdlib_module_names, "torch"}
+    lines = re.findall(r"^(?:from|import) [^(\n]*$", source, re.MULTILINE)
+    imports = [line for line in lines if line.split()[1].split(".")[0] in own]
+    fields = "max_epochs=2; accumulate=2; learning_rate=1e-2; weight_decay=0.1; clip_norm=1"
+    fields += "; warmup=0.1; cooldown=0.3; label_smoothing=0.1; seed=0"
+    config = f"class Config:\n    {fields}; precision={precision!r}\n"
+    (tmp_path / "copied.py").write_text("\n".join([*imports, block, config, TAGGER]), "utf-8")
     done = python("copied.py", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < math.log(30) / 2
+    *said, loss = done.stdout.splitlines()
+    assert float(loss) < math.log(30) / 2
+    assert [line.split(":")[0] for line in said] == ["epoch 1, step 16", "epoch 2, step 32"]
+
+
+def own_trainer(prepared, folder: Path, adapter=None, **arguments):
+    """A fit of the adapter under a Trainer that is not ours: (adapter, hooks)."""
+    lightning_package = run.import_lightning()
+    config = run.TrainConfig(batch_size=64, max_epochs=2, seed=5, precision="fp32", accumulate=2)
+    if adapter is None:
+        model = tiny_model(vocab_size=len(prepared.tokenizer), dropout=0.1, activation="relu2")
+        base = run.adapter_class(lightning_package.LightningModule)
+        adapter = base(dataclasses.asdict(model.config), model)
+    hooks = MemoryHooks(config, prepared)
+    hooks.progress = run.Progress()
+    adapter.attach(config, hooks.progress, hooks)
+    loaders = run.build_loaders(config, prepared, torch.device("cpu"))
+    plain = {"max_epochs": 2, "accumulate_grad_batches": 2, "accelerator": "cpu", "logger": False}
+    plain |= {"enable_progress_bar": False, "default_root_dir": folder}
+    more = {"ckpt_path": arguments.pop("ckpt_path", None)}
+    trainer = lightning_package.Trainer(**(plain | arguments))
+    trainer.fit(adapter, *loaders, **more)
+    return adapter, hooks
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_adapter_trains_alike_under_another_trainer(prepared, tmp_path):
+    """With a sanity check and Lightning's checkpoints, from which the adapter can be loaded."""
+    adapter, hooks = own_trainer(prepared, tmp_path)
+    raw, raw_hooks, _ = fit(prepared, accumulate=2)
+    assert same_weights(raw, adapter.model) and trained_alike(raw_hooks, hooks)
+    (saved,) = tmp_path.rglob("*.ckpt")
+    loaded = type(adapter).load_from_checkpoint(saved, map_location="cpu")
+    assert same_weights(loaded.model, adapter.model) and loaded.model.config == raw.config
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"max_epochs": 3},
+        {"max_epochs": None},
+        {"max_steps": 5},
+        {"accumulate_grad_batches": 1},
+        {"gradient_clip_val": 0.1},
+        {"limit_train_batches": 3},
+        {"val_check_interval": 0.5},
+        {"check_val_every_n_epoch": 2},
+        {"limit_val_batches": 0},
+        {"ckpt_path": "last.ckpt"},
+    ],
+    ids=lambda arguments: next(iter(arguments)),
+)
+def test_a_trainer_that_would_train_otherwise_is_refused(prepared, tmp_path, arguments):
+    (name,) = arguments
+    if name == "ckpt_path":
+        own_trainer(prepared, tmp_path)
+        arguments = {name: next(tmp_path.rglob("*.ckpt"))}
+    name = {"limit_val_batches": "enable_validation", "ckpt_path": "ckpt_path is at"}.get(
+        name, name
+    )
+    with pytest.raises(ValueError, match=name):
+        own_trainer(prepared, tmp_path, enable_checkpointing=False, **arguments)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_learning_rate_finder_is_refused(prepared, tmp_path):
+    lightning_package = run.import_lightning()
+
+    class Find(lightning_package.Callback):
+        def on_fit_start(self, trainer, module):
+            module.lr = 0.1
+            lightning_package.tuner.Tuner(trainer)
+            finder = lightning_package.callbacks.LearningRateFinder()
+            finder.on_fit_start(trainer, module)
+
+    with pytest.raises(ValueError, match="the Trainer has max_steps=100"):
+        own_trainer(prepared, tmp_path, callbacks=[Find()])
 
 
 def readme_commands() -> list[str]:
@@ -3414,8 +3600,7 @@ def test_every_test_that_the_readme_names_is_there():
 def workshop(folder, tmp_path_factory) -> Path:
     """A folder with all files that the README's commands name."""
     root = tmp_path_factory.mktemp("readme")
-    for path in (folder, Path(f"{folder}.checkpoints")):
-        shutil.copytree(path, root / "runs" / path.name.replace("model", "NAME"))
+    shutil.copytree(folder, root / "runs" / "NAME")
     for name in ("pairs", "rosts.en-ro", "tatoeba.en-ro"):
         write_pairs(root / f"{name}.tsv", list(data.phrasebook(400, seed=len(name))))
     (root / "lines.en").write_text("I see a dog.\n\nThe cat sleeps.\n")

@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 
 from benchmarks.lightning import ARMS, GROUPS
 from data import InputError, require
-from run import HELP, write_file
+from run import HELP
 from seq2seq import cross_attention_weights, greedy_decode
-from translate import load_model, split_text
+from translate import load_model, split_text, write_file
 
 HERE = Path(__file__).parent
 

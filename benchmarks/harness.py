@@ -21,6 +21,7 @@ import tyro
 from tqdm import tqdm
 
 import run
+import translate
 from data import InputError
 
 
@@ -164,20 +165,24 @@ def describe_machine(device: torch.device) -> dict:
     if device.type == "cuda":
         machine = torch.cuda.get_device_name()
     command = shlex.join(["python", *sys.orig_argv[1:]])
-    return {"command": command, "machine": machine, "versions": run.versions()}
+    return {"command": command, "machine": machine, "versions": translate.versions()}
 
 
 def run_script(main: Callable, config: type, name: str) -> None:
     """`python -m benchmarks.NAME`: main(settings) prints and returns a report, which --json keeps.
     Errors that the user can fix are reported in one line."""
+    run.set_environment()
     try:
         settings = tyro.cli(config, prog=f"python -m benchmarks.{name}")
-        run.check_output_file(settings.json)
+        translate.check_output_file(settings.json)
         report = main(settings)
         for what, reason in report.get("left_out", {}).items():
             print(f"left out: {what}: {reason}")
         if settings.json and report:
-            run.write_json(Path(settings.json).expanduser(), report)
+            translate.write_json(Path(settings.json).expanduser(), report)
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,4 +1,6 @@
-"""What Lightning and Modlee cost per training step, beside the raw loop: `python run.py bench`.
+"""What Lightning and Modlee cost per training step, beside the raw loop.
+
+    python run.py bench --json bench.json    or python -m benchmarks.lightning; --quick: 2 minutes
 
 Every arm is a process of its own and trains the same model on the same batches. Losses must agree
 before anything is timed. Arms take turns of `WINDOW` steps and are compared turn by turn: medians
@@ -7,6 +9,7 @@ time outside of data, forward, backward, clipping and optimizer, which all arms 
 """
 
 import contextlib
+import dataclasses
 import gc
 import os
 import sys
@@ -22,10 +25,10 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor
 
 import data
+import modlee_record
 import run
 import translate
 from benchmarks.harness import (
@@ -33,15 +36,16 @@ from benchmarks.harness import (
     matmul_rate,
     median_interval,
     memory_peak,
+    run_script,
     serving,
     start,
     synchronize,
     take_turns,
     with_interval,
 )
-from data import InputError, require
-from run import PAPER_BASE, Prepared, State, TrainConfig, print_field
-from seq2seq import Seq2SeqConfig, count_flops
+from data import InputError, print_field, require
+from run import PAPER_BASE, Prepared, Progress, TrainConfig
+from seq2seq import Seq2SeqConfig, TransformerSeq2SeqModel, count_flops
 
 WINDOW = run.LOG_EVERY  # steps in a turn: one period of all periodic work
 
@@ -129,6 +133,7 @@ class TurnTimer:
         self.pipe, self.device = pipe, device
         self.waited = self.started = 0.0
         self.phases: dict[str, float] = {}  # seconds, see `timed_phases`
+        self.inside = False  # a phase
         self.events = []
         if device.type == "cuda":
             self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
@@ -137,11 +142,11 @@ class TurnTimer:
         """Seconds, without the time spent waiting for a turn."""
         return time.perf_counter() - self.waited
 
-    def __call__(self, state: State) -> None:
-        if state.step % WINDOW:
+    def __call__(self, progress: Progress) -> None:
+        if progress.step % WINDOW:
             return
         paused = time.perf_counter()
-        self.pipe.send(self.measure(state) if state.step else None)
+        self.pipe.send(self.measure(progress) if progress.step else None)
         try:
             self.pipe.recv()
         except EOFError:
@@ -149,14 +154,14 @@ class TurnTimer:
         gc.collect()  # switched off within a turn
         # Wakes up threads and clocks, which idled during other turns.
         matmul_rate(self.device, size=256, seconds=0.1)
-        memory_peak(self.device, reset=state.step == WINDOW)
+        memory_peak(self.device, reset=progress.step == WINDOW)
         self.phases.clear()
         if self.events:
             self.events[0].record()
         self.waited += time.perf_counter() - paused
         self.started = self.clock()
 
-    def measure(self, state: State) -> dict[str, object]:
+    def measure(self, progress: Progress) -> dict[str, object]:
         """Seconds of the turn: `whole`, `loop` (outside of all phases), `enqueue` (until the host
         was free) and `device`; peak memory; the losses."""
         answer = {"enqueue": self.clock() - self.started}
@@ -168,7 +173,7 @@ class TurnTimer:
         if self.events:
             answer["device"] = self.events[0].elapsed_time(self.events[1]) / 1e3
         answer |= {"peak": memory_peak(self.device), "phases": dict(self.phases)}
-        return answer | {"losses": list(state.history["train"])}
+        return answer | {"losses": list(progress.history["train"])}
 
 
 @contextlib.contextmanager
@@ -179,27 +184,31 @@ def timed_phases(timer: TurnTimer, wait: bool = False) -> Iterator[None]:
 
     def timed(name: str, function: Callable) -> Callable:
         def wrapper(*arguments, **more):
-            started = timer.clock()
+            if timer.inside:  # of another phase, which counts it
+                return function(*arguments, **more)
+            timer.inside, started = True, timer.clock()
             result = function(*arguments, **more)
             if wait:
                 synchronize(timer.device)
+            timer.inside = False
             timer.phases[name] = timer.phases.get(name, 0.0) + timer.clock() - started
             return result
 
         return wrapper
 
-    def start_step(optimizer, config: TrainConfig, state: State) -> None:
-        timer(state)
-        plain(optimizer, config, state)
+    def start_step(optimizer, config: TrainConfig, progress: Progress, batches: int) -> None:
+        timer(progress)
+        plain(optimizer, config, progress, batches)
 
     plain = run.start_step
     with contextlib.ExitStack() as patches:
         patches.enter_context(patch.object(run, "start_step", start_step))
         for name, owner, function in (
             ("data", _BaseDataLoaderIter, "__next__"),
-            ("forward", run, "batch_loss"),
+            ("forward", TransformerSeq2SeqModel, "forward"),
             ("backward", Tensor, "backward"),
-            ("clipping", torch.nn.utils, "clip_grad_norm_"),
+            ("clipping", run, "finish_gradients"),
+            ("clipping", torch.nn.utils, "clip_grad_norm_"),  # where Lightning calls it
             ("optimizer", sys.modules[torch.optim.Adam.__module__], "adam"),
         ):
             whole = timed(name, getattr(owner, function))
@@ -208,21 +217,21 @@ def timed_phases(timer: TurnTimer, wait: bool = False) -> Iterator[None]:
 
 
 def bench_case(config: TrainConfig, prepared: Prepared, device: torch.device):
-    """(model, loaders, state): the same in every arm."""
+    """(model, [training loader, validation loader]): the same in every arm."""
     model = run.build_model(config, prepared.tokenizer).to(device)
     train, validation = run.build_loaders(config, prepared, device)
     sampler = RepeatingSampler(*prepared.train.lengths, config.batch_size, config.seed)
     train = torch.utils.data.DataLoader(
         train.dataset, batch_sampler=sampler, collate_fn=train.collate_fn
     )
-    return model, [train, validation], State(config, train)
+    return model, [train, validation]
 
 
-def run_arm(arm: Arm, model, loaders, config: TrainConfig, state: State, prepared) -> None:
+def run_arm(arm: Arm, model, loaders: list, config: TrainConfig, prepared) -> Progress:
     """Train as the arm does, in the current folder."""
+    progress = Progress()
     if arm.trainer is None:
-        run.train_raw(model, *loaders, config, state)
-        return
+        return run.train_raw(model, *loaders, config, progress)
     lightning, changes = run.import_lightning(), dict(arm.trainer)
 
     class LogEveryStep(lightning.Callback):
@@ -232,18 +241,27 @@ def run_arm(arm: Arm, model, loaders, config: TrainConfig, state: State, prepare
     saving = partial(lightning.callbacks.ModelCheckpoint, os.getcwd(), every_n_train_steps=WINDOW)
     if arm.callback:
         changes["callbacks"] = [{"log": LogEveryStep, "save": saving}[arm.callback]()]
-    modlee = None if arm.modlee is None else run.import_modlee()
-    base = run.modlee_base() if modlee else lightning.LightningModule
-    adapter = run.adapter_class(base)(vars(model.config), model)
-    adapter.attach(config, state)
-    if "gradient_clip_val" in changes:  # Lightning's own way
-        theirs = lightning.LightningModule.configure_gradient_clipping
-        adapter.configure_gradient_clipping = partial(theirs, adapter)
+    modlee = None if arm.modlee is None else modlee_record.import_modlee()
+    base = modlee_record.modlee_base() if modlee else lightning.LightningModule
+    adapter = run.adapter_class(base)(dataclasses.asdict(model.config), model)
+    adapter.attach(config, progress)
+    if "gradient_clip_val" in changes:
+
+        def clip(optimizer, *arguments, **more) -> None:  # Lightning's own way
+            run.finish_gradients(model, unclipped, adapter.step_tokens)
+            lightning.LightningModule.configure_gradient_clipping(
+                adapter, optimizer, *arguments, **more
+            )
+
+        unclipped = dataclasses.replace(config, clip_norm=0.0)
+        adapter.configure_gradient_clipping = clip
     fit = partial(run.train_lightning, adapter, *loaders, config, **changes)
     if modlee:
-        run.ModleeRecord(modlee, config, prepared, arm.modlee).fit(adapter, fit)
+        record = modlee_record.ModleeRecord(modlee, prepared.train, prepared.tokenizer, arm.modlee)
+        record.fit(adapter, fit, partial(run.set_mlflow_store, config.mlruns))
     else:
         fit()
+    return progress
 
 
 def serve_arm(arm: Arm, config: TrainConfig, prepared: Prepared, device_name: str, pipe) -> None:
@@ -254,11 +272,11 @@ def serve_arm(arm: Arm, config: TrainConfig, prepared: Prepared, device_name: st
         os.dup2(os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
     try:
         device = translate.choose_device(device_name)
-        model, loaders, state = bench_case(config, prepared, device)
+        model, loaders = bench_case(config, prepared, device)
         gc.disable()
         require(not arm.compile or run.compile_model(model), "nothing can compile here")
         with timed_phases(TurnTimer(pipe, device), arm.wait):
-            run_arm(arm, model, loaders, config, state, prepared)
+            run_arm(arm, model, loaders, config, prepared)
     except Exception as error:  # noqa: BLE001 - any error must reach the parent
         pipe.send(InputError(f"{arm.label}: {type(error).__name__}: {data.one_line(error)}"))
 
@@ -328,8 +346,6 @@ def print_bench(report: dict) -> None:
     print_field("machine", f"{report['machine']}, {report['precision']}")
     rate = f"{report['matmul_gflops']:,.0f} GFLOP/s"
     print_field("matmul", f"{rate} at best in that precision; MFU is a share of it")
-    for what, reason in report["left_out"].items():
-        print_field("left out", f"{what}: {reason}")
     for size, work in report["sizes"].items():
         tokens = f"{work['source_tokens']:.0f} source and {work['target_tokens']:.0f} target tokens"
         print(f"\n{size}: a step has {tokens}, {work['flops'] / 1e9:.1f} GFLOP")
@@ -360,13 +376,13 @@ def profile_steps(config: TrainConfig, prepared: Prepared, device, path: Path) -
     """Write torch's trace of ten steps of the raw loop, after a turn of warming up."""
     from torch.profiler import profile, schedule
 
-    model, loaders, _ = bench_case(config, prepared, device)
+    model, loaders = bench_case(config, prepared, device)
     loaders[0].batch_sampler.repeats = 2
     loaders[0].batch_sampler.set_epoch(0)
     plain = run.start_step
 
     def save(profiler) -> None:
-        run.write_file(path, lambda part: profiler.export_chrome_trace(str(part)))
+        translate.write_file(path, lambda part: profiler.export_chrome_trace(str(part)))
 
     def start_step(*arguments) -> None:
         profiler.step()
@@ -377,16 +393,14 @@ def profile_steps(config: TrainConfig, prepared: Prepared, device, path: Path) -
         profile(schedule=ten, on_trace_ready=save) as profiler,  # of all devices there are
         patch.object(run, "start_step", start_step),
     ):
-        run.train_raw(model, *loaders, config, State(config, loaders[0]))
+        run.train_raw(model, *loaders, config)
     print_field("profile", f"ten steps of the raw loop: {path}")
 
 
-def main(arguments: list[str]) -> int:
+def main(config: BenchConfig) -> dict:
     """Group by group of arms and size by size; then the table."""
-    config = tyro.cli(BenchConfig, args=arguments, prog="python run.py bench")
     require(not (config.json and config.profile), "--profile measures nothing: leave --json out")
-    run.check_output_file(config.json)
-    run.check_output_file(config.profile, key="schemaVersion")
+    translate.check_output_file(config.profile, key="schemaVersion")
     turns = config.turns
     if turns is None:
         turns = 4 if config.quick else 12
@@ -418,7 +432,7 @@ def main(arguments: list[str]) -> int:
         if config.profile:
             path = Path(config.profile).expanduser()
             profile_steps(settings[middle], prepared, device, path)
-            return 0
+            return {}
         for size, group in plan:
             # The best rate of the whole run: a slow moment would inflate every MFU.
             peak = max(peak, matmul_rate(device, precision))
@@ -432,12 +446,14 @@ def main(arguments: list[str]) -> int:
                 timed = take_turns(serve, turns, bar)
             answers = {name: warm_up[name] + timed[name] for name in timed}
             check_losses(answers)
-            model, loaders, _ = bench_case(settings[size], prepared, device)
+            model, loaders = bench_case(settings[size], prepared, device)
             report["sizes"][size] = describe_work(loaders[0].batch_sampler, model.config)
             found.append((size, answers, report["sizes"][size]))
     report["matmul_gflops"] = peak / 1e9
     report["rows"] = [row for group in found for row in describe_arms(*group, peak)]
     print_bench(report)
-    if config.json:
-        run.write_json(Path(config.json).expanduser(), report)
-    return 0
+    return report
+
+
+if __name__ == "__main__":
+    run_script(main, BenchConfig, "lightning")

@@ -175,7 +175,7 @@ def write_texts(folder: Path, prepared: Prepared, config: TrainConfig) -> None:
     for name, pairs in parts.items():
         for place, code in enumerate(config.languages):
             lines = "".join(f"{pair[place]}\n" for pair in pairs)
-            run.write_text(folder / f"{name}.{code}", lines)
+            translate.write_text(folder / f"{name}.{code}", lines)
 
 
 def compare(hypotheses: dict[str, list[str]], references: list[str]) -> dict[str, float]:
@@ -199,7 +199,7 @@ def main(config: QualityBench) -> dict:
     flags += ["--loop", "raw", "--mlruns", "none"]
     if config.max_epochs:
         flags += ["--max-epochs", str(config.max_epochs)]
-    _, settings = run.parse_command_line(flags)
+    settings = run.parse_settings(flags)
     if config.texts:
         write_texts(Path(config.texts).expanduser(), run.prepare_data(settings), settings)
         return {}
