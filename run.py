@@ -784,24 +784,24 @@ def steps_in(folder: Path) -> list[Path]:
 def run_folder(config: TrainConfig) -> Iterator[Path]:
     """The folder of a run, the same in all processes: of the run to resume, or a new one, which is
     deleted if nothing is in it at the end. Raises InputError if it is taken."""
-    names, created = [config.output], []
+    names = [config.output]
     paths = [Path(name or ".").expanduser().resolve() for name in (config.output, config.resume)]
-    in_place = config.resume is not None and paths[0] == paths[1]
-    if is_first_process() and not in_place:
-        folder, created = create_folder(config)
-        names = [str(folder)]
+    is_new = is_first_process() and (config.resume is None or paths[0] != paths[1])
+    if is_new:
+        names = [str(create_folder(config))]
     if distributed.is_initialized():
         distributed.broadcast_object_list(names)
+    folder = Path(names[0])
     try:
-        yield Path(names[0])
+        yield folder
     finally:
-        for path in created:
+        for path in (folder / "checkpoints", folder) if is_new else ():
             with contextlib.suppress(OSError):  # something is in it
                 path.rmdir()
 
 
-def create_folder(config: TrainConfig) -> tuple[Path, list[Path]]:
-    """(the folder of a new run, the folders that were created for it, the innermost first)."""
+def create_folder(config: TrainConfig) -> Path:
+    """The new folder of a new run."""
     now = f"runs/{datetime.now():%Y%m%d-%H%M%S}-{config.preset}"
     names = chain([now], (f"{now}-{number}" for number in count(2)))
     for name in names if config.output is None else [config.output]:
@@ -812,10 +812,9 @@ def create_folder(config: TrainConfig) -> tuple[Path, list[Path]]:
             require(not steps_in(folder), f"{folder} belongs to another run: {hint}")
             if not checkpoints.is_dir() or any(path != checkpoints for path in folder.iterdir()):
                 translate.check_free(folder)
-        created = [path for path in (checkpoints, *checkpoints.parents) if not path.exists()]
         try:
             checkpoints.mkdir(parents=True, exist_ok=config.output is not None)
-            return folder, created
+            return folder
         except FileExistsError:
             continue  # another run has just chosen the same name
         except OSError as error:
@@ -975,6 +974,42 @@ def set_mlflow_store(mlruns: str) -> None:
     mlflow.set_tracking_uri(folder.as_uri())
 
 
+class MlflowRun:
+    """The curves and scores of a run in MLflow: in Modlee's run, or in one of our own."""
+
+    def __init__(self, config: TrainConfig, name: str):
+        self.config, self.name, self.id = config, name, None
+        self.sent = Counter()  # points of each name
+
+    def log(self, history: dict[str, list[tuple[int, float]]], **final: float) -> None:
+        """Send what is new in the history, and final scores."""
+        import mlflow
+
+        if mlflow.active_run() is None:
+            set_mlflow_store(self.config.mlruns)
+            mlflow.start_run(run_id=self.id)
+        if self.id is None:
+            self.id = mlflow.active_run().info.run_id
+            mlflow.set_tag("mlflow.runName", self.name)
+            # With a prefix: autolog has already logged a "weight_decay", which is Adam's default.
+            settings = dataclasses.asdict(self.config).items()
+            mlflow.log_params({f"config.{name}": value for name, value in settings})
+        for name, points in history.items():
+            for step, value in points[self.sent[name] :]:
+                mlflow.log_metric(name, value, step=step)
+            self.sent[name] = len(points)
+        for name, value in final.items():
+            mlflow.log_metric(f"final_{name}", value)
+
+    def close(self, status: str) -> None:
+        if self.id is not None:
+            import mlflow
+
+            mlflow.end_run(status)
+            # Modlee's run has ended with the fit.
+            mlflow.MlflowClient().set_terminated(self.id, status)
+
+
 # ---- what surrounds the loop of a run ------------------------------------------------------------
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -988,79 +1023,94 @@ def raise_interrupted(number: int, frame) -> NoReturn:
     raise Interrupted(128 + number)
 
 
+@contextlib.contextmanager
+def stopping_on_signals(hooks: "RunHooks") -> Iterator[None]:
+    """Ctrl-C or SIGTERM ends training after the current step; before the first, the program. In
+    another thread than the main one, which alone handles signals, nothing."""
+
+    def handle(number: int, frame) -> None:
+        if not hooks.started:
+            raise_interrupted(number, frame)
+        if not hooks.signal:
+            os.write(2, b"\nstopping after this step ...\n")  # print is not reentrant
+        hooks.signal = number
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = [signal.signal(number, handle) for number in STOP_SIGNALS]
+    hooks.handler = handle
+    try:
+        yield
+    finally:
+        hooks.handler = None
+        for number, handler in zip(STOP_SIGNALS, previous):
+            # A second signal must not interrupt an orderly stop.
+            signal.signal(number, signal.SIG_IGN if hooks.stop else handler)
+
+
 class RunHooks(Hooks):
-    """Progress bar, checkpoints, signals; after an epoch BLEU, two samples, loss.png and MLflow.
+    """Progress bar and checkpoints; after an epoch BLEU, two samples, loss.png and MLflow.
 
     Attributes:
         found: what checkpoints hold beside the progress: `seconds` in steps, checkpoints and
-            validation; `best`, the lowest validation loss, with its `step` and `weights` (on the
-            CPU).
+            validation; `best`, the lowest validation loss, with its `step` and its `weights`,
+            which are on the CPU.
         last: the newest checkpoint, if there is one.
+        signal: the number of the one that asks training to stop.
     """
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        prepared: Prepared,
-        folder: Path,
-        about: dict | None = None,
-        resumed: tuple[Path, dict] | None = None,
-    ):
+    def __init__(self, config: TrainConfig, prepared: Prepared, folder: Path, about, resumed=None):
         """about: of the data, for checkpoints. resumed: what `read_checkpoint` returned."""
-        self.config, self.prepared, self.folder, self.about = config, prepared, folder, about or {}
-        self.last, self.checkpoint = resumed or (None, None)
+        self.config, self.prepared, self.folder, self.about = config, prepared, folder, about
+        self.last, self.resumed = resumed or (None, {})
         self.found = {"seconds": 0.0, "best": math.inf, "step": 0, "weights": None}
-        if self.checkpoint:
-            self.found = self.checkpoint["found"]
-            if self.last.parent.parent.resolve() != folder.resolve():  # --resume with --output
-                self.last = None
-        self.signal, self.handler, self.started, self.saved = 0, None, None, 0.0
-        self.bar = None  # of an epoch
-        self.mlflow_run, self.sent, self.given_up = None, Counter(), set()
+        self.found |= self.resumed.get("found", {})
+        self.signal, self.handler, self.started, self.bar = 0, None, 0.0, None
+        self.mlflow, self.given_up = MlflowRun(config, folder.name), set()
 
     def begin(self, progress: Progress, batches: int, model, optimizer, scaler) -> None:
         self.batches, self.model, self.optimizer, self.scaler = batches, model, optimizer, scaler
-        if self.checkpoint:
+        if self.resumed:
             # Only the moments: the optimizer keeps its own settings, such as fused kernels.
             groups = optimizer.state_dict()["param_groups"]
-            moments = {"state": self.checkpoint["optimizer"], "param_groups": groups}
+            moments = {"state": self.resumed["optimizer"], "param_groups": groups}
             optimizer.load_state_dict(moments)
-            if scaler is not None and self.checkpoint["scaler"]:
-                scaler.load_state_dict(self.checkpoint["scaler"])
-            self.checkpoint = None
+            if scaler is not None and self.resumed["scaler"]:
+                scaler.load_state_dict(self.resumed["scaler"])
+            self.resumed = {}
         if self.handler:  # again: Lightning has replaced it by one that exits at once
             signal.signal(signal.SIGTERM, self.handler)
-        self.first = progress.batch  # for the bar
+        self.begun = progress.batch  # of the epoch, for the bar
         self.saved = time.perf_counter()
         self.started = self.saved - self.found["seconds"]
 
     def after_step(self, progress: Progress) -> None:
         if self.bar is None:
             title = f"epoch {progress.epoch + 1}/{self.config.max_epochs}"
-            self.bar = data.progress_bar(desc=title, total=self.batches, initial=self.first)
+            self.bar = data.progress_bar(desc=title, total=self.batches, initial=self.begun)
         self.bar.update(progress.batch - self.bar.n)
         self.found["seconds"] = time.perf_counter() - self.started
-        if progress.step % LOG_EVERY == 0:
-            loss = progress.history["train"][-1:] or [(0, math.nan)]
-            shown = {"train_loss": f"{loss[0][1]:.3f}", "left": self.time_left(progress)}
-            self.bar.set_postfix(shown, refresh=False)
-            self.decide(progress)
-        elif not distributed.is_initialized():
-            self.stop = self.due = self.signal != 0
+        logged = progress.step % LOG_EVERY == 0
+        if logged and progress.history["train"]:
+            shown = {"train_loss": f"{progress.history['train'][-1][1]:.3f}"}
+            self.bar.set_postfix(shown | {"left": self.time_left(progress)}, refresh=False)
+        self.due = False
+        if logged or not distributed.is_initialized():
+            late = time.perf_counter() - self.saved >= 60 * self.config.checkpoint_every
+            self.decide(progress, logged and late)
 
-    def decide(self, progress: Progress) -> None:
-        """Set `stop` and `due`, alike in all processes."""
-        late = time.perf_counter() - self.saved >= 60 * self.config.checkpoint_every
-        wishes = [self.signal != 0, late]
+    def decide(self, progress: Progress, due: bool) -> None:
+        """Set `due` and `stop`, alike in all processes."""
+        wishes = torch.tensor([due, self.signal != 0], dtype=torch.int32)
         if distributed.is_initialized():
-            wishes = torch.tensor(wishes, dtype=torch.int32, device=progress.sums.device)
+            wishes = wishes.to(progress.sums.device)
             distributed.all_reduce(wishes, op=distributed.ReduceOp.MAX)
-            wishes = wishes.tolist()
-        self.stop, self.due = bool(wishes[0]), any(wishes)
+        self.stop = bool(wishes[1])
+        self.due = bool(wishes[0]) or self.stop
 
     def after_epoch(self, progress: Progress) -> None:
-        if self.bar is not None:
-            self.bar, self.first = self.bar.close(), 0
+        self.bar, self.begun = self.bar.close(), 0
         self.found["seconds"] = time.perf_counter() - self.started
         step, loss = progress.history["validation"][-1]
         if loss < self.found["best"]:
@@ -1070,9 +1120,7 @@ class RunHooks(Hooks):
         if is_first_process():
             self.show(progress)
         self.started = time.perf_counter() - self.found["seconds"]  # samples do not count
-        due = self.due
-        self.decide(progress)
-        self.due = self.due or due or progress.epoch == self.config.max_epochs
+        self.decide(progress, self.due or progress.epoch == self.config.max_epochs)
 
     def show(self, progress: Progress) -> None:
         """BLEU of 100 validation pairs, a line with the time left, two samples; the curves in
@@ -1081,32 +1129,38 @@ class RunHooks(Hooks):
         # Spread over the set, which may be a concatenation of several.
         rows = np.linspace(0, len(pairs) - 1, min(100, len(pairs))).astype(int)
         sources, references = zip(*(pairs[row] for row in rows))
-        translator = translate.Translator(
-            self.model, self.prepared.tokenizer, config.languages, silent=True
-        )
-        found = translator.translate(list(sources))
+        tools = (self.model, self.prepared.tokenizer, config.languages)
+        found = translate.Translator(*tools, silent=True).translate(list(sources))
         bleu = translate.score(found, references)["bleu"]
         progress.history.setdefault("bleu", []).append((progress.step, bleu))
         train, validation = (progress.history[name][-1][1] for name in ("train", "validation"))
         best = " (best)" if self.found["step"] == progress.step else ""
-        samples = "".join(
-            f"\n    {pair[0]}\n    {pair[1]}" for pair in list(zip(sources, found))[:2]
-        )
         tqdm.write(
             f"epoch {progress.epoch}/{config.max_epochs}: train {train:.3f}, validation "
             f"{validation:.3f}{best}, BLEU {bleu:.1f} of {len(found)} pairs, "
-            f"{self.time_left(progress)} left{samples}",
+            f"{self.time_left(progress)} left",
             file=sys.stderr,
         )
+        for source, translation in list(zip(sources, found))[:2]:
+            tqdm.write(f"    {source}\n    {translation}", file=sys.stderr)
         self.attempt("loss.png", draw_curves, self.folder / "loss.png", progress.history)
         if config.mlruns != "none":
-            self.attempt("MLflow", self.log_to_mlflow, progress)
+            self.attempt("MLflow", self.mlflow.log, progress.history)
 
     def time_left(self, progress: Progress) -> str:
         """Estimated from the share of the run that is done, as 1:23:45."""
         share = (progress.epoch + progress.batch / self.batches) / self.config.max_epochs
         seconds = round(self.found["seconds"] * (1 / share - 1))
         return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+
+    def attempt(self, what: str, function: Callable, *arguments, **more) -> None:
+        """Call a function that must not end training. After an error print a note, never retry."""
+        if what not in self.given_up:
+            try:
+                function(*arguments, **more)
+            except Exception as error:  # noqa: BLE001 - a store may raise anything
+                data.note(f"{what} is given up: {data.one_line(error)}")
+                self.given_up.add(what)
 
     def save(self, progress: Progress) -> None:
         """Write a checkpoint, in the first process. Raises FloatingPointError if a weight is not
@@ -1121,79 +1175,6 @@ class RunHooks(Hooks):
             content["optimizer"] = self.optimizer.state_dict()["state"]
             content["scaler"] = self.scaler.state_dict() if self.scaler else {}
             self.last = write_checkpoint(self.folder, content, self.last)
-
-    def attempt(self, what: str, function: Callable, *arguments, **more) -> None:
-        """Call a function that must not end training. After an error print a note, never retry."""
-        if what not in self.given_up:
-            try:
-                function(*arguments, **more)
-            except Exception as error:  # noqa: BLE001 - a store may raise anything
-                data.note(f"{what} is given up: {data.one_line(error)}")
-                self.given_up.add(what)
-
-    def log_to_mlflow(self, progress: Progress, **final: float) -> None:
-        """Send what is new in the history, and final scores, to Modlee's run or one of our own."""
-        import mlflow
-
-        if mlflow.active_run() is None:
-            set_mlflow_store(self.config.mlruns)
-            mlflow.start_run(run_id=self.mlflow_run)
-        if self.mlflow_run is None:
-            self.mlflow_run = mlflow.active_run().info.run_id
-            mlflow.set_tag("mlflow.runName", self.folder.name)
-            # With a prefix: autolog has already logged a "weight_decay", which is Adam's default.
-            settings = dataclasses.asdict(self.config).items()
-            mlflow.log_params({f"config.{name}": value for name, value in settings})
-        for name, points in progress.history.items():
-            for step, value in points[self.sent[name] :]:
-                mlflow.log_metric(name, value, step=step)
-            self.sent[name] = len(points)
-        for name, value in final.items():
-            mlflow.log_metric(f"final_{name}", value)
-
-    @contextlib.contextmanager
-    def mlflow_run_closed(self) -> Iterator[None]:
-        """End the MLflow run, if there is one, with the status of the block."""
-        status = "FAILED"
-        try:
-            yield
-            status = "KILLED" if self.stop else "FINISHED"
-        except Interrupted:
-            status = "KILLED"
-            raise
-        finally:
-            if self.mlflow_run is not None:
-                import mlflow
-
-                self.attempt("MLflow", mlflow.end_run, status)
-                # Modlee's run has ended with the fit.
-                end = mlflow.MlflowClient().set_terminated
-                self.attempt("MLflow", end, self.mlflow_run, status)
-
-    @contextlib.contextmanager
-    def stopping_on_signals(self) -> Iterator[None]:
-        """Ctrl-C or SIGTERM ends training after the current step; before the first, the program.
-        In another than the main thread, where Python handles no signals, nothing."""
-
-        def handle(number: int, frame) -> None:
-            if self.started is None:
-                raise_interrupted(number, frame)
-            if not self.signal:
-                os.write(2, b"\nstopping after this step ...\n")  # print is not reentrant
-            self.signal = number
-
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        previous = [signal.signal(number, handle) for number in STOP_SIGNALS]
-        self.handler = handle
-        try:
-            yield
-        finally:
-            self.handler = None
-            for number, handler in zip(STOP_SIGNALS, previous):
-                # A second signal must not interrupt an orderly stop.
-                signal.signal(number, signal.SIG_IGN if self.stop else handler)
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -1224,17 +1205,25 @@ def train(config: TrainConfig) -> int:
         progress = Progress()
         if resumed:
             progress = resume(chosen, model, resumed[1], about)
-        hooks = RunHooks(chosen, prepared, folder, about, resumed)
+            if resumed[0].parent.parent.resolve() != folder.resolve():
+                resumed = (None, resumed[1])  # --output: the checkpoint is in another folder
+        hooks, status = RunHooks(chosen, prepared, folder, about, resumed), "FAILED"
         if is_first_process():
             keep_settings(dataclasses.replace(config, output=str(folder)), prepared.tokenizer)
         try:
-            with hooks.mlflow_run_closed():
-                return train_and_save(model, loaders, chosen, progress, hooks, metrics)
+            code = train_and_save(model, loaders, chosen, progress, hooks, metrics)
+            status = "KILLED" if hooks.stop else "FINISHED"
+            return code
         except FloatingPointError as error:
             if hooks.bar is not None:
                 hooks.bar.close()  # or it would be drawn behind the message
             last = f"last good checkpoint: {hooks.last or 'none'}"
             raise TrainingError(f"{error}; {last}; try a lower --learning-rate") from None
+        except Interrupted:
+            status = "KILLED"
+            raise
+        finally:
+            hooks.attempt("MLflow", hooks.mlflow.close, status)
 
 
 def keep_settings(config: TrainConfig, tokenizer) -> None:
@@ -1269,7 +1258,7 @@ def train_and_save(
     """Train, write the model, score it. Returns the exit code."""
     prepared, folder, record = hooks.prepared, hooks.folder, None
     device, place = next(model.parameters()).device, shlex.quote(str(folder))
-    with hooks.stopping_on_signals():
+    with stopping_on_signals(hooks):
         if progress.epoch < config.max_epochs:
             record = fit(model, loaders, config, progress, hooks)
         if hooks.stop:
@@ -1296,7 +1285,7 @@ def train_and_save(
     write_json(folder / "metrics.json", metrics)
     scores = {name: metrics[name] for name in ("bleu", "chrf")}
     if config.mlruns != "none":
-        hooks.attempt("MLflow", hooks.log_to_mlflow, progress, **scores)
+        hooks.attempt("MLflow", hooks.mlflow.log, progress.history, **scores)
     if record and record.run_path:
         print_field("modlee", f"took {record.seconds:.1f} s and recorded {record.run_path}")
         print_field("artifacts", ", ".join(record.artifacts))
@@ -1417,7 +1406,7 @@ def report_training(progress: Progress, hooks: RunHooks, record) -> dict:
 
 def count_skipped(progress: Progress, hooks: RunHooks) -> int:
     """Steps that fp16's scaler skipped, because a gradient overflowed. Waits for the device."""
-    if hooks.config.precision != "fp16" or hooks.started is None:
+    if hooks.config.precision != "fp16" or not hooks.started:
         return 0
     states = hooks.optimizer.state.values()
     return progress.step - max((int(each["step"]) for each in states), default=0)

@@ -1867,8 +1867,8 @@ def fit(prepared, loop="raw", modlee=False, folder=None, freeze=(), hooks=None, 
     hooks = (hooks or MemoryHooks)(config, prepared, checkpoint)
     progress, record = run.Progress(), None
     if checkpoint is not None:
-        model.load_state_dict(hooks.checkpoint["model"])
-        progress = run.Progress(**hooks.checkpoint["progress"])
+        model.load_state_dict(hooks.resumed["model"])
+        progress = run.Progress(**hooks.resumed["progress"])
     hooks.progress = progress
     if loop == "raw":
         assert run.train_raw(model, *loaders, config, progress, hooks) is progress
@@ -2522,7 +2522,7 @@ def test_an_optimizer_keeps_its_own_settings_when_resumed(prepared):
     groups = [{"params": [p], "weight_decay": 0.3} for p in model.parameters()]
     optimizer = torch.optim.AdamW(groups, lr=9.0, foreach=False)
     count = len(list(model.parameters()))
-    again.checkpoint["optimizer"] = {i: again.checkpoint["optimizer"][i] for i in range(count)}
+    again.resumed["optimizer"] = {i: again.resumed["optimizer"][i] for i in range(count)}
     again.begin(run.Progress(), 1, model, optimizer, None)
     for group in optimizer.param_groups:
         assert (group["fused"], group["foreach"], group["weight_decay"]) == (None, False, 0.3)
@@ -3555,8 +3555,9 @@ def test_the_adapter_trains_alike_under_another_trainer(prepared, tmp_path):
 def test_a_trainer_that_would_train_otherwise_is_refused(prepared, tmp_path, arguments):
     (name,) = arguments
     if name == "ckpt_path":
-        own_trainer(prepared, tmp_path)
-        arguments = {name: next(tmp_path.rglob("*.ckpt"))}
+        saving = run.import_lightning().callbacks.ModelCheckpoint(save_top_k=-1)
+        own_trainer(prepared, tmp_path, callbacks=[saving])
+        arguments = {name: next(tmp_path.rglob("epoch=0*.ckpt"))}
     name = {"limit_val_batches": "enable_validation", "ckpt_path": "ckpt_path is at"}.get(
         name, name
     )
