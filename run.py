@@ -442,12 +442,14 @@ class Hooks:
     stop = False  # whether to end now
 
     def begin(self, progress: Progress, batches: int, model, optimizer, scaler) -> None: ...
-    def after_step(self, progress: Progress) -> None: ...
     def save(self, progress: Progress) -> None: ...
 
+    def after_step(self, progress: Progress) -> None:
+        if progress.step % LOG_EVERY == 0:
+            print("train", *progress.history["train"][-1:], flush=True)
+
     def after_epoch(self, progress: Progress) -> None:
-        losses = [f"{name} {progress.history[name][-1][1]:.4f}" for name in ("train", "validation")]
-        print(f"epoch {progress.epoch}, step {progress.step}:", *losses, flush=True)
+        print("validation", *progress.history["validation"][-1:], flush=True)
 
 
 def autocast(device: torch.device, precision: str):
@@ -469,8 +471,7 @@ def build_optimizer(model: nn.Module, config) -> torch.optim.Optimizer:
 
 
 def learning_rate(config, step: int, total_steps: int) -> float:
-    """A trapezoid: up in the first `warmup` share of the steps, constant, and to zero in the last
-    `cooldown` share (Hägele et al. 2024). step: from 0."""
+    """A trapezoid: up for a share of `warmup`, flat, down for `cooldown` (Hägele et al. 2024)."""
     rising = (step + 1) / max(1.0, config.warmup * total_steps)
     falling = (total_steps - step) / max(1.0, config.cooldown * total_steps)
     return config.learning_rate * max(0.0, min(1.0, rising, falling))

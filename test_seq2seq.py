@@ -3501,7 +3501,8 @@ def test_the_raw_loop_runs_when_it_is_pasted(tmp_path, precision):
     assert done.returncode == 0, done.stderr
     *said, loss = done.stdout.splitlines()
     assert float(loss) < math.log(30) / 2
-    assert [line.split(":")[0] for line in said] == ["epoch 1, step 16", "epoch 2, step 32"]
+    points = [line.partition(",")[0] for line in said]
+    assert points == ["validation (16", "train (20", "validation (32"]
 
 
 def own_trainer(prepared, folder: Path, adapter=None, **arguments):
