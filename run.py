@@ -792,7 +792,7 @@ def run_folder(config: TrainConfig) -> Iterator[Path]:
         names = [str(create_folder(config))]
     if distributed.is_initialized():
         distributed.broadcast_object_list(names)
-    folder = Path(names[0])
+    folder = Path(names[0]).expanduser()
     try:
         yield folder
     finally:

@@ -187,12 +187,14 @@ def timed_phases(timer: TurnTimer, wait: bool = False) -> Iterator[None]:
             if timer.inside:  # of another phase, which counts it
                 return function(*arguments, **more)
             timer.inside, started = True, timer.clock()
-            result = function(*arguments, **more)
-            if wait:
-                synchronize(timer.device)
-            timer.inside = False
-            timer.phases[name] = timer.phases.get(name, 0.0) + timer.clock() - started
-            return result
+            try:
+                result = function(*arguments, **more)
+                if wait:
+                    synchronize(timer.device)
+                return result
+            finally:  # also where Modlee reads a loader to its end
+                timer.inside = False
+                timer.phases[name] = timer.phases.get(name, 0.0) + timer.clock() - started
 
         return wrapper
 
