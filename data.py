@@ -88,7 +88,8 @@ class LogLines:
 
     def write(self, text: str) -> None:
         if text := text.strip():
-            print(text, file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # the reader of a pipe has ended
+                print(text, file=sys.stderr, flush=True)
 
     def flush(self) -> None:
         pass

@@ -176,23 +176,31 @@ class ModleeRecord:
         logging.getLogger("mlflow").setLevel(logging.ERROR)
         root_handlers = logging.root.handlers[:]  # Modlee's logging.info() adds one that prints all
         autolog = mlflow.pytorch.autolog  # the constructor has switched it on, with models
-        with contextlib.ExitStack() as undo:
-            undo.callback(setattr, logging.root, "handlers", root_handlers)
-            undo.callback(autolog, disable=True)  # it has patched Trainer.fit
-            callbacks = self.callbacks(adapter, undo)
-            try:
-                use_store()
-                autolog(log_datasets=False, log_models=False, checkpoint=False)
-                undo.enter_context(self.modlee.start_run())
-            except Exception as error:  # noqa: BLE001 - a store may raise anything
-                data.note(f"Modlee records nothing: {data.one_line(error)}")
-                autolog(disable=True)
-                callbacks = []
-            adapter.configure_callbacks = lambda: callbacks
-            fit()
-            if not callbacks:
-                return
-            self.run_path = self.modlee.last_run_path()
+        trained = False
+        try:
+            with contextlib.ExitStack() as undo:
+                undo.callback(setattr, logging.root, "handlers", root_handlers)
+                undo.callback(autolog, disable=True)  # it has patched Trainer.fit
+                callbacks = self.callbacks(adapter, undo)
+                try:
+                    use_store()
+                    autolog(log_datasets=False, log_models=False, checkpoint=False)
+                    undo.enter_context(self.modlee.start_run())
+                except Exception as error:  # noqa: BLE001 - a store may raise anything
+                    data.note(f"Modlee records nothing: {data.one_line(error)}")
+                    autolog(disable=True)
+                    callbacks = []
+                adapter.configure_callbacks = lambda: callbacks
+                fit()
+                trained = True
+                if not callbacks:
+                    return
+                self.run_path = self.modlee.last_run_path()
+        except Exception as error:  # what comes after the fit must not lose it
+            if not trained:
+                raise
+            data.note(f"Modlee's record is not complete: {data.one_line(error)}")
+            return
         root = Path(self.run_path) / "artifacts"
         files = (path for path in root.rglob("*") if path.is_file())
         self.artifacts = tuple(sorted(str(path.relative_to(root)) for path in files))
@@ -245,6 +253,7 @@ class ModleeRecord:
         ids = torch.ones(2, 8, dtype=torch.long)
         for callback in kept:
             callback.get_input = lambda trainer, module, *_: [ids.to(module.device)] * 2
+            callback.on_train_start = may_fail(callback.on_train_start)
         return [Begin(), *kept]
 
     def metafeatures_class(self) -> type:
@@ -284,6 +293,18 @@ class ModleeRecord:
                 return data.one_line(error).replace(key, "***")
             finally:
                 os.chdir(here)
+
+
+def may_fail(hook: Callable) -> Callable:
+    """A hook of Modlee's that ends in a note, not in the end of training, if it fails."""
+
+    def wrapper(*arguments) -> None:
+        try:
+            hook(*arguments)
+        except Exception as error:  # noqa: BLE001 - it describes whatever it finds
+            data.note(f"Modlee's record is not complete: {data.one_line(error)}")
+
+    return wrapper
 
 
 def modlee_tokenizer(own):

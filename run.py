@@ -61,6 +61,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
+from importlib.util import find_spec
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
@@ -232,6 +233,8 @@ def check_settings(config: TrainConfig) -> None:
     if config.push:
         records = config.loop == "lightning" and config.modlee and config.mlruns != "none"
         require(records, "--push uploads what Modlee records, which is switched off")
+        missing = "--push needs Modlee, which is not installed (Python 3.10 to 3.12)"
+        require(find_spec("modlee") is not None, missing)
         key = os.environ.get("MODLEE_API_KEY")
         require(bool(key), "--push needs your key in the environment variable MODLEE_API_KEY")
     try:
@@ -317,7 +320,7 @@ def read_held_out(config: TrainConfig, option: str) -> list[data.Pair] | None:
             flag = flag_of(option)
             by_preset = PRESETS[config.preset].get(option) == names
             require(by_preset, f"{flag}: {what}, and files end in {' '.join(data.FORMATS)}")
-            data.note(f"{what}, as the preset has it")
+            data.note(f"{what} (from the preset): pairs are held out instead")
             return None
     pairs = data.read_pairs(*source, config.languages, config.columns)
     return translate.whole_pairs(pairs, " ".join(names))
@@ -358,6 +361,10 @@ def choose_precision(name: str, device: torch.device) -> str:
     if name == "fp16" and device.type == "cpu":
         raise InputError("--precision fp16 needs a GPU; on a CPU take fp32 or bf16")
     if name != "auto":
+        try:
+            autocast(device, name)
+        except RuntimeError as error:  # MPS, before torch 2.5
+            raise InputError(f"--precision {name}: {data.one_line(error)}") from None
         return name
     if device.type != "cuda":
         return "fp32"
@@ -391,7 +398,7 @@ def compile_model(model: nn.Module) -> bool:
             raise RuntimeError("torch 2.5 or newer would be needed")
         torch.compile(torch.sin)(torch.ones(2, device=device))
     except RuntimeError as error:  # all of torch's complaints about a missing compiler
-        data.note(f"--compile is left out: {data.one_line(error)}")
+        data.note(f"ignoring --compile: {data.one_line(error)}")
         return False
     # By layer: layers of a kind share one graph, and what depends on pads stays outside.
     for layer in (*model.encoder_layers, *model.decoder_layers):
@@ -400,9 +407,9 @@ def compile_model(model: nn.Module) -> bool:
 
 
 # ---- the raw loop --------------------------------------------------------------------------------
-# One block: to copy it, take it and the imports of torch and the standard library at the top.
+# To copy it: contextlib, math, dataclass, field, islice, Iterator; torch, Tensor, distributed, nn.
 
-LOG_EVERY = 20  # optimizer steps between points of the loss curve; only there the host waits
+LOG_EVERY = 20  # optimizer steps between points of the loss curve; the host waits only there
 FP16_SCALE = 2.0**6  # of the loss, at first: lower than torch's, since a sum is scaled, not a mean
 
 
@@ -593,7 +600,8 @@ def validate(model: nn.Module, loader, config) -> float:
 
 
 def adapter_class(base: type) -> type:
-    """The LightningModule around a model; `base` is LightningModule or Modlee's subclass of it."""
+    """The LightningModule around a model; `base` is LightningModule or Modlee's subclass of it.
+    Batches come in the order of the raw loop if their sampler has `set_epoch`."""
 
     class TextToTextAdapter(base):
         def __init__(self, model_config=None, model=None, *args, **kwargs):
@@ -686,9 +694,12 @@ def check_trainer(trainer, config, progress: Progress) -> None:
     wanted |= {"gradient_clip_val": [None, 0, config.clip_norm], "max_steps": [-1]}
     wanted |= {"limit_train_batches": [1.0], "enable_validation": [True]}
     wanted |= {"check_val_every_n_epoch": [1], "val_check_interval": [1.0]}
+    names = {"fp32": ["32-true"], "bf16": ["bf16-mixed"], "fp16": ["16-mixed"]}
+    wanted["precision"] = names.get(config.precision, [trainer.precision])
     for name, values in wanted.items():
         found = getattr(trainer, name)
-        if found not in values:
+        share = name in ("limit_train_batches", "val_check_interval")  # 1 is a number of batches
+        if found not in values or (share and isinstance(found, int)):
             raise ValueError(f"the Trainer has {name}={found}, the adapter needs {values[-1]}")
     if trainer.global_step != progress.step:
         at = f"ckpt_path is at step {trainer.global_step}, the adapter at step {progress.step}"
@@ -811,14 +822,15 @@ def create_folder(config: TrainConfig) -> Path:
         if config.output is not None:
             hint = f"continue it with --resume {shlex.quote(name)}, or choose another folder"
             require(not steps_in(folder), f"{folder} belongs to another run: {hint}")
-            if not checkpoints.is_dir() or any(path != checkpoints for path in folder.iterdir()):
+            left = {path.name for path in folder.iterdir()} if checkpoints.is_dir() else {""}
+            if not left <= {"checkpoints", "loss.png"}:  # of a run without a checkpoint
                 translate.check_free(folder)
         try:
             checkpoints.mkdir(parents=True, exist_ok=config.output is not None)
             return folder
-        except FileExistsError:
-            continue  # another run has just chosen the same name
         except OSError as error:
+            if isinstance(error, FileExistsError) and checkpoints.exists():
+                continue  # another run has just chosen the same name
             reason = f"{data.one_line(error)}; choose another --output"
             raise InputError(f"cannot create {checkpoints}: {reason}") from None
 
@@ -844,17 +856,12 @@ def read_settings(resume: str) -> dict:
 
 
 def write_checkpoint(folder: Path, content: dict, last: Path | None) -> Path:
-    """Write a checkpoint beside `last`, the newest so far; older ones go. Raises TrainingError."""
-    found, path = steps_in(folder), folder / "checkpoints" / f"step-{content['step']:09}.pt"
-    if (found[-1] if found else None) != last:
-        raise TrainingError(f"another run writes to {folder}: {found[-1:]} is not of this one")
-    for outdated in (*found[:-1], *path.parent.glob(".[0-9]*")):  # these of a killed process
-        outdated.unlink()
-    try:
-        write_file(path, partial(torch.save, content))
-    except OSError as error:
-        then = f"{last} is intact: make room, then --resume {folder}" if last else "make room"
-        raise TrainingError(f"{error}; {then}") from None
+    """Write a checkpoint beside `last`, the newest so far; older ones go. Raises OSError."""
+    path = folder / "checkpoints" / f"step-{content['step']:09}.pt"
+    outdated = [old for old in steps_in(folder) if old != last]
+    for old in (*outdated, *path.parent.glob(".[0-9]*")):  # the latter left by a killed process
+        old.unlink()
+    write_file(path, partial(torch.save, content))
     return path
 
 
@@ -1030,11 +1037,12 @@ def stopping_on_signals(hooks: "RunHooks") -> Iterator[None]:
     another thread than the main one, which alone handles signals, nothing."""
 
     def handle(number: int, frame) -> None:
+        first, hooks.signal = not hooks.signal, number
         if not hooks.started:
             raise_interrupted(number, frame)
-        if not hooks.signal:
-            os.write(2, b"\nstopping after this step ...\n")  # print is not reentrant
-        hooks.signal = number
+        if first:
+            with contextlib.suppress(OSError):  # `| tee log` has ended by the same Ctrl-C
+                os.write(2, b"\nstopping after this step ...\n")  # print is not reentrant
 
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -1064,6 +1072,7 @@ class RunHooks(Hooks):
     def __init__(self, config: TrainConfig, prepared: Prepared, folder: Path, about, resumed=None):
         """about: of the data, for checkpoints. resumed: what `read_checkpoint` returned."""
         self.config, self.prepared, self.folder, self.about = config, prepared, folder, about
+        self.given = config  # as the command line has it, for `--resume`
         self.last, self.resumed = resumed or (None, {})
         self.found = {"seconds": 0.0, "best": math.inf, "step": 0, "weights": None}
         self.found |= self.resumed.get("found", {})
@@ -1080,16 +1089,16 @@ class RunHooks(Hooks):
             if scaler is not None and self.resumed["scaler"]:
                 scaler.load_state_dict(self.resumed["scaler"])
             self.resumed = {}
-        if self.handler:  # again: Lightning has replaced it by one that exits at once
+        if self.handler:  # again: Lightning has put another in its place
             signal.signal(signal.SIGTERM, self.handler)
-        self.begun = progress.batch  # of the epoch, for the bar
-        self.saved = time.perf_counter()
-        self.started = self.saved - self.found["seconds"]
+        self.first_batch = progress.batch  # of the epoch, for the bar
+        self.saved_at = time.perf_counter()
+        self.started = self.saved_at - self.found["seconds"]
 
     def after_step(self, progress: Progress) -> None:
         if self.bar is None:
             title = f"epoch {progress.epoch + 1}/{self.config.max_epochs}"
-            self.bar = data.progress_bar(desc=title, total=self.batches, initial=self.begun)
+            self.bar = data.progress_bar(desc=title, total=self.batches, initial=self.first_batch)
         self.bar.update(progress.batch - self.bar.n)
         self.found["seconds"] = time.perf_counter() - self.started
         logged = progress.step % LOG_EVERY == 0
@@ -1098,7 +1107,7 @@ class RunHooks(Hooks):
             self.bar.set_postfix(shown | {"left": self.time_left(progress)}, refresh=False)
         self.due = False
         if logged or not distributed.is_initialized():
-            late = time.perf_counter() - self.saved >= 60 * self.config.checkpoint_every
+            late = time.perf_counter() - self.saved_at >= 60 * self.config.checkpoint_every
             self.decide(progress, logged and late)
 
     def decide(self, progress: Progress, due: bool) -> None:
@@ -1111,7 +1120,8 @@ class RunHooks(Hooks):
         self.due = bool(wishes[0]) or self.stop
 
     def after_epoch(self, progress: Progress) -> None:
-        self.bar, self.begun = self.bar.close(), 0
+        self.bar.close()
+        self.bar, self.first_batch = None, 0
         self.found["seconds"] = time.perf_counter() - self.started
         step, loss = progress.history["validation"][-1]
         if loss < self.found["best"]:
@@ -1131,18 +1141,18 @@ class RunHooks(Hooks):
         rows = np.linspace(0, len(pairs) - 1, min(100, len(pairs))).astype(int)
         sources, references = zip(*(pairs[row] for row in rows))
         tools = (self.model, self.prepared.tokenizer, config.languages)
-        found = translate.Translator(*tools, silent=True).translate(list(sources))
-        bleu = translate.score(found, references)["bleu"]
+        translations = translate.Translator(*tools, silent=True).translate(list(sources))
+        bleu = translate.score(translations, references)["bleu"]
         progress.history.setdefault("bleu", []).append((progress.step, bleu))
         train, validation = (progress.history[name][-1][1] for name in ("train", "validation"))
         best = " (best)" if self.found["step"] == progress.step else ""
         tqdm.write(
             f"epoch {progress.epoch}/{config.max_epochs}: train {train:.3f}, validation "
-            f"{validation:.3f}{best}, BLEU {bleu:.1f} of {len(found)} pairs, "
+            f"{validation:.3f}{best}, BLEU {bleu:.1f} of {len(rows)} pairs, "
             f"{self.time_left(progress)} left",
             file=sys.stderr,
         )
-        for source, translation in list(zip(sources, found))[:2]:
+        for source, translation in list(zip(sources, translations))[:2]:
             tqdm.write(f"    {source}\n    {translation}", file=sys.stderr)
         self.attempt("loss.png", draw_curves, self.folder / "loss.png", progress.history)
         if config.mlruns != "none":
@@ -1160,22 +1170,42 @@ class RunHooks(Hooks):
             try:
                 function(*arguments, **more)
             except Exception as error:  # noqa: BLE001 - a store may raise anything
-                data.note(f"{what} is given up: {data.one_line(error)}")
+                data.note(f"{what} failed and is disabled: {data.one_line(error)}")
                 self.given_up.add(what)
 
     def save(self, progress: Progress) -> None:
         """Write a checkpoint, in the first process. Raises FloatingPointError if a weight is not
-        finite, and TrainingError."""
-        self.saved = time.perf_counter()
+        finite, and TrainingError if it cannot be written and training is not complete."""
+        self.saved_at = time.perf_counter()
         for name, weight in self.model.state_dict().items():
             if not weight.isfinite().all():
                 raise FloatingPointError(f"{name} after step {progress.step} is not finite")
-        if is_first_process():
-            content = self.about | {"step": progress.step, "progress": vars(progress)}
-            content |= {"model": self.model.state_dict(), "found": self.found}
-            content["optimizer"] = self.optimizer.state_dict()["state"]
-            content["scaler"] = self.scaler.state_dict() if self.scaler else {}
+        if not is_first_process():
+            return
+        newest = steps_in(self.folder)[-1:]
+        if newest and newest[0] != self.last:
+            raise TrainingError(f"another run writes to {self.folder}: {newest[0]} is not of this")
+        content = self.about | {"step": progress.step, "progress": vars(progress)}
+        content |= {"model": self.model.state_dict(), "found": self.found}
+        content["optimizer"] = self.optimizer.state_dict()["state"]
+        content["scaler"] = self.scaler.state_dict() if self.scaler else {}
+        try:
+            self.keep_settings()
             self.last = write_checkpoint(self.folder, content, self.last)
+        except OSError as error:
+            if progress.epoch == self.config.max_epochs:  # the model may still fit
+                data.note(str(error))
+                return
+            then = f"{self.last} is intact: make room, then --resume {self.folder}"
+            raise TrainingError(f"{error}; {then if self.last else 'make room'}") from None
+
+    def keep_settings(self) -> None:
+        """Write what `--resume` reads: the settings as they were given, such as "auto"."""
+        checkpoints = self.folder / "checkpoints"
+        write_json(checkpoints / "settings.json", dataclasses.asdict(self.given))
+        if self.given.init is not None and not (checkpoints / "tokenizer").is_dir():
+            # By then the initial model may have been moved.
+            translate.save_tokenizer(self.prepared.tokenizer, checkpoints / "tokenizer")
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -1202,15 +1232,15 @@ def train(config: TrainConfig) -> int:
         metrics = report_run(chosen, prepared, model, loaders[0], device)
         world = distributed.get_world_size() if distributed.is_initialized() else 1
         about = {"data": f"{digest_pairs(prepared.train)} {digest_pairs(prepared.validation)}"}
-        about["layout"] = (len(loaders[0]), world)
+        multiple = loaders[0].batch_sampler.multiple if config.batch_tokens else 1
+        about["layout"] = (len(loaders[0]), world, multiple)
         progress = Progress()
         if resumed:
             progress = resume(chosen, model, resumed[1], about)
             if resumed[0].parent.parent.resolve() != folder.resolve():
                 resumed = (None, resumed[1])  # --output: the checkpoint is in another folder
         hooks, status = RunHooks(chosen, prepared, folder, about, resumed), "FAILED"
-        if is_first_process():
-            keep_settings(dataclasses.replace(config, output=str(folder)), prepared.tokenizer)
+        hooks.given, resumed = dataclasses.replace(config, output=str(folder)), None
         try:
             code = train_and_save(model, loaders, chosen, progress, hooks, metrics)
             status = "KILLED" if hooks.stop else "FINISHED"
@@ -1219,21 +1249,13 @@ def train(config: TrainConfig) -> int:
             if hooks.bar is not None:
                 hooks.bar.close()  # or it would be drawn behind the message
             last = f"last good checkpoint: {hooks.last or 'none'}"
-            raise TrainingError(f"{error}; {last}; try a lower --learning-rate") from None
+            hint = "start again with a lower --learning-rate"
+            raise TrainingError(f"{error}; {last}; {hint}") from None
         except Interrupted:
             status = "KILLED"
             raise
         finally:
             hooks.attempt("MLflow", hooks.mlflow.close, status)
-
-
-def keep_settings(config: TrainConfig, tokenizer) -> None:
-    """Write into the folder of a run what `--resume` reads."""
-    checkpoints = Path(config.output) / "checkpoints"
-    write_json(checkpoints / "settings.json", dataclasses.asdict(config))
-    if config.init is not None and not (checkpoints / "tokenizer").is_dir():
-        # By then the initial model may have been moved.
-        translate.save_tokenizer(tokenizer, checkpoints / "tokenizer")
 
 
 def resume(config: TrainConfig, model: nn.Module, checkpoint: dict, about: dict) -> Progress:
@@ -1268,19 +1290,20 @@ def train_and_save(
             return 0
         model.to(device)  # Lightning takes it to the CPU at the end
         model.load_state_dict(hooks.found["weights"])
-        metrics |= report_training(progress, hooks, record)
-        try:  # before scoring, so that an interruption loses no training
+        metrics |= describe_training(progress, hooks, record)
+        try:  # before printing and scoring, so that an interruption loses no training
             save_model(folder, model, prepared, config, metrics)
         except OSError as error:
             hint = f"training is complete: make room, then --resume {place}"
             raise TrainingError(f"{error}; {hint}") from None
+        print_training(metrics)
     search = f" --beam {config.beam}" if config.beam > 1 else ""
     evaluation = f"python run.py evaluate --model {place}{search}"
     try:
         if hooks.signal:  # it came while the model was written
             raise_interrupted(hooks.signal, None)
         score_model(model, prepared, config, metrics)
-    except Interrupted:
+    except BaseException:
         print(f"the model is complete, its score is not: {evaluation}", file=sys.stderr)
         raise
     write_json(folder / "metrics.json", metrics)
@@ -1328,8 +1351,6 @@ def start_modlee(config: TrainConfig, prepared: Prepared):
         return None
     started, modlee = time.perf_counter(), modlee_record.import_modlee()
     if modlee is None:
-        missing = "--push needs Modlee, which is not installed (Python 3.10 to 3.12)"
-        require(not config.push, missing)
         print_field("modlee", "not installed: training without it")
         return None
     upload = "uploads when done (--push)" if config.push else "keeps everything on this machine"
@@ -1377,32 +1398,36 @@ def report_run(config, prepared: Prepared, model: nn.Module, train_loader, devic
     }
 
 
-def report_training(progress: Progress, hooks: RunHooks, record) -> dict:
-    """Print the outcome. Returns the second half of metrics.json, without scores."""
-    found, (_, train_loss) = hooks.found, progress.history["train"][-1]
+def describe_training(progress: Progress, hooks: RunHooks, record) -> dict:
+    """The second half of metrics.json, without scores."""
+    found = hooks.found
     tokens = progress.epoch * sum(int(lengths.sum()) for lengths in hooks.prepared.train.lengths)
-    rate, skipped = tokens / max(found["seconds"], 1e-9), count_skipped(progress, hooks)
-    took = f"{progress.step} steps in {found['seconds']:.0f} s"
-    print_field("trained", f"{took}, {rate:,.0f} real tokens/s")
-    if skipped:
-        print_field("", f"{skipped} steps were skipped: a gradient overflowed fp16")
-    which = "" if found["step"] == progress.step else f", the best, of step {found['step']}"
-    print_field("loss", f"training {train_loss:.4f}, validation {found['best']:.4f}{which}")
     return {
         "modlee": bool(record and record.run_path),
         "run_path": record and record.run_path,
         "artifacts": list(record.artifacts) if record else [],
         "modlee_seconds": record and round(record.seconds, 2),
         "steps": progress.step,
-        "skipped_steps": skipped,
+        "skipped_steps": count_skipped(progress, hooks),
         "train_seconds": round(found["seconds"], 2),
-        "tokens_per_second": round(rate, 1),
-        "train_loss": train_loss,  # of the last steps
+        "tokens_per_second": round(tokens / max(found["seconds"], 1e-9), 1),
+        "train_loss": progress.history["train"][-1][1],  # of the last steps
         "val_loss": found["best"],  # of the weights in the folder, which are the best
         "best_step": found["step"],
         "last_val_loss": progress.history["validation"][-1][1],
         **dict.fromkeys(("scored", "bleu", "chrf", "signature")),
     }
+
+
+def print_training(metrics: dict) -> None:
+    took = f"{metrics['steps']} steps in {metrics['train_seconds']:.0f} s"
+    print_field("trained", f"{took}, {metrics['tokens_per_second']:,.0f} real tokens/s")
+    if skipped := metrics["skipped_steps"]:
+        print_field("", f"{skipped} steps were skipped: a gradient overflowed fp16")
+    is_last = metrics["best_step"] == metrics["steps"]
+    which = "" if is_last else f", the best, of step {metrics['best_step']}"
+    losses = f"training {metrics['train_loss']:.4f}, validation {metrics['val_loss']:.4f}"
+    print_field("loss", losses + which)
 
 
 def count_skipped(progress: Progress, hooks: RunHooks) -> int:
@@ -1416,7 +1441,10 @@ def count_skipped(progress: Progress, hooks: RunHooks) -> int:
 def print_stopped(progress: Progress, hooks: RunHooks) -> int:
     """Print how to continue. Returns the exit code."""
     print_field("stopped", f"after step {progress.step}: {hooks.last}")
-    command = f"python run.py --resume {shlex.quote(str(hooks.folder))}"
+    command = "python run.py"
+    if distributed.is_initialized():  # within an epoch, as many processes are needed again
+        command = f"torchrun --nproc_per_node {os.environ.get('LOCAL_WORLD_SIZE')} run.py"
+    command += f" --resume {shlex.quote(str(hooks.folder))}"
     print(f"\nnext:  {command}")
     if epochs := progress.epoch:
         print(f"       {command} --max-epochs {epochs}  # to finish with what it has learnt")
@@ -1472,7 +1500,8 @@ def main(arguments: list[str]) -> int:
             print(f"error: {data.one_line(error, None)}", file=sys.stderr)
         return 2
     except TrainingError as error:
-        print(f"\nerror: {error}", file=sys.stderr)
+        if is_first_process():
+            print(f"\nerror: {error}", file=sys.stderr)
         return 1
     except (RuntimeError, MemoryError) as error:  # only CUDA has a class for out of memory
         words = ("out of memory", "can't allocate memory", "not enough memory")

@@ -1847,7 +1847,11 @@ class MemoryHooks(run.RunHooks):
             self.states[progress.step] = file.getvalue()
             return Path(f"step {progress.step}")
 
-        with patch.object(run, "write_checkpoint", keep):
+        self.keep_settings = lambda: None
+        with (
+            patch.object(run, "write_checkpoint", keep),
+            patch.object(run, "steps_in", lambda _: []),
+        ):
             super().save(progress)
 
 
@@ -2255,9 +2259,11 @@ def test_only_the_newest_two_checkpoints_are_kept_and_no_debris(tmp_path):
     (first.parent / ".123.step-000000003.pt").write_bytes(b"half")  # as a killed one leaves it
     *_, third = write_states(tmp_path, 3)
     assert sorted(first.parent.iterdir()) == [second, third]
-    for last in (None, second):
+    hooks = run.RunHooks(run.TrainConfig(), None, tmp_path, {})
+    hooks.model = tiny_model()
+    for hooks.last in (None, second):
         with pytest.raises(run.TrainingError, match=f"another run writes to {tmp_path}.*step-0+3"):
-            run.write_checkpoint(tmp_path, {"step": 4}, last)
+            hooks.save(run.Progress())
     assert sorted(first.parent.iterdir()) == [second, third]
 
 
@@ -2273,14 +2279,21 @@ def full_disk(size: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
 
-def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, capsys):
     (first,) = write_states(tmp_path, 1)
     before = first.read_bytes()
+    model = tiny_model()
+    hooks = run.RunHooks(run.TrainConfig(max_epochs=1), None, tmp_path, {})
+    hooks.last, hooks.given = first, hooks.config
+    hooks.model, hooks.optimizer, hooks.scaler = model, torch.optim.Adam(model.parameters()), None
     failure = pytest.raises(run.TrainingError, match=f"cannot write.*{first} is intact.*--resume")
-    with full_disk(200_000), failure:  # half of a checkpoint
-        write_states(tmp_path, 2)
-    assert list(first.parent.iterdir()) == [first]
+    with full_disk(20_000), failure:  # a part of a checkpoint
+        hooks.save(run.Progress(step=2))
+    assert {path.name for path in first.parent.iterdir()} == {first.name, "settings.json"}
     assert first.read_bytes() == before
+    with full_disk(20_000):  # the last of all: the model may still fit
+        hooks.save(run.Progress(step=2, epoch=1))
+    assert "cannot write" in capsys.readouterr().err
 
 
 def test_a_disk_that_is_full_at_the_end_loses_nothing(tmp_path, capsys, monkeypatch):
@@ -2673,7 +2686,7 @@ def test_a_run_is_seen_while_it_trains(loop, tmp_path, capsys, monkeypatch):
     assert found.info.status == "FINISHED" and found.info.run_name == "model"
     assert found.data.params["config.max_epochs"] == "2"
     assert found.data.params["config.weight_decay"] == "0.2"
-    assert "given up" not in said.err and not (tmp_path / "mlruns").exists()
+    assert "disabled" not in said.err and not (tmp_path / "mlruns").exists()
     curves = {
         name: [(p.step, p.value) for p in client.get_metric_history(found.info.run_id, name)]
         for name in ("train", "rate", "validation", "bleu")
@@ -2697,7 +2710,7 @@ def test_failing_records_do_not_end_training(tmp_path, capsys, monkeypatch):
     assert main(*SMALL, *more, "--output", tmp_path / "model") == 0
     error = capsys.readouterr().err
     for name in ("MLflow", "loss.png"):
-        assert error.count(f"note: {name} is given up: No space left on device") == 1
+        assert error.count(f"note: {name} failed and is disabled: No space left on device") == 1
     assert (tmp_path / "model" / "config.json").is_file()
 
 
@@ -3427,6 +3440,17 @@ def test_a_store_that_fails_costs_the_record_and_not_the_run(
 
 
 @needs_modlee
+def test_a_callback_that_fails_costs_its_artifact_and_not_the_run(prepared, tmp_path, capsys):
+    from modlee.model import callbacks
+
+    fail = Mock(side_effect=OSError("No space left"))
+    with patch.object(callbacks.LogCodeTextCallback, "on_train_start", fail):
+        _, hooks, record = fit(prepared, "lightning", True, tmp_path, max_epochs=1)
+    assert "Modlee's record is not complete: No space left" in capsys.readouterr().err
+    assert hooks.progress.epoch == 1 and "model_metafeatures" in record.artifacts
+
+
+@needs_modlee
 def test_pushing_to_a_dead_server_does_not_lose_the_run(recorded, capsys, monkeypatch):
     (_, _, record), folder = recorded
     monkeypatch.setenv("MODLEE_API_KEY", "secret-key-7f3a")
@@ -3546,6 +3570,8 @@ def test_the_adapter_trains_alike_under_another_trainer(prepared, tmp_path):
         {"accumulate_grad_batches": 1},
         {"gradient_clip_val": 0.1},
         {"limit_train_batches": 3},
+        {"limit_train_batches": 1},
+        {"precision": "bf16-mixed"},
         {"val_check_interval": 0.5},
         {"check_val_every_n_epoch": 2},
         {"limit_val_batches": 0},

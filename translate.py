@@ -57,6 +57,7 @@ ENGINE_HINT = "CTranslate2 is not installed: pip install ctranslate2"
 def choose_device(name: str) -> torch.device:
     """auto: CUDA, else Apple's MPS, else the CPU. Raises InputError for a missing device."""
     has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    has["mps"] = has["mps"] and "WORLD_SIZE" not in os.environ  # it cannot train in processes
     if name == "auto":
         name = next(kind for kind in has if has[kind])
     found = ", ".join(kind for kind in has if has[kind])
@@ -627,6 +628,8 @@ def write_model_folder(folder: Path, fill: Callable[[Path], None]) -> None:
                 os.replace(path, folder / path.name)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+            with contextlib.suppress(OSError):  # something is in it
+                folder.rmdir()
 
 
 def save_tokenizer(tokenizer, folder: Path) -> None:
@@ -702,7 +705,7 @@ def flag_of(name: str) -> str:
 
 
 def check_range(config, names: str, low: float, high: float = math.inf) -> None:
-    """Raise InputError if one of these settings is out of range; NaN is."""
+    """Raise InputError if one of these settings is out of range, or NaN."""
     for name in names.split():
         value = getattr(config, name)
         limits = f"at least {low}" + (f" and at most {high}" if high < math.inf else "")
@@ -861,13 +864,7 @@ def export(config: ExportConfig) -> int:
             if path.is_file():
                 shutil.copy(path, folder / part)
 
-    made = not output.exists()
-    try:
-        write_model_folder(output, fill)
-    except BaseException:
-        if made:
-            output.rmdir()
-        raise
+    write_model_folder(output, fill)
     print_field("exported", f"{what}: {output}")
     return 0
 
