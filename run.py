@@ -616,11 +616,8 @@ def adapter_class(base: type) -> type:
 
         def attach(self, config, progress=None, hooks=None) -> None:
             """Set what training needs, but Modlee's rebuilding does not."""
-            self.config, self.progress, self.hooks = (
-                config,
-                progress or Progress(),
-                hooks or Hooks(),
-            )
+            self.config, self.progress = config, progress or Progress()
+            self.hooks = hooks or Hooks()
 
         def forward(self, input_ids, decoder_input_ids=None):
             return self.model(input_ids, decoder_input_ids)
@@ -633,8 +630,7 @@ def adapter_class(base: type) -> type:
             self.batches = self.trainer.num_training_batches
             self.optimizer = self.trainer.optimizers[0]
             self.scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-            parts = (self.model, self.optimizer, self.scaler)
-            self.hooks.begin(self.progress, self.batches, *parts)
+            self.hooks.begin(self.progress, self.batches, self.model, self.optimizer, self.scaler)
 
         def training_step(self, batch, batch_idx):
             if self.progress.batch % self.config.accumulate == 0:
