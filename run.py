@@ -233,10 +233,10 @@ def check_settings(config: TrainConfig) -> None:
     if config.push:
         records = config.loop == "lightning" and config.modlee and config.mlruns != "none"
         require(records, "--push uploads what Modlee records, which is switched off")
-        missing = "--push needs Modlee, which is not installed (Python 3.10 to 3.12)"
-        require(find_spec("modlee") is not None, missing)
         key = os.environ.get("MODLEE_API_KEY")
         require(bool(key), "--push needs your key in the environment variable MODLEE_API_KEY")
+        missing = "--push needs Modlee, which is not installed (Python 3.10 to 3.12)"
+        require(find_spec("modlee") is not None, missing)
     try:
         sizes = Seq2SeqConfig(vocab_size=2, dropout=config.dropout, **sizes_of(config))
         # Some kinds also refuse certain widths.
@@ -855,7 +855,8 @@ def write_checkpoint(folder: Path, content: dict, last: Path | None) -> Path:
     """Write a checkpoint beside `last`, the newest so far; older ones go. Raises OSError."""
     path = folder / "checkpoints" / f"step-{content['step']:09}.pt"
     outdated = [old for old in steps_in(folder) if old != last]
-    for old in (*outdated, *path.parent.glob(".[0-9]*")):  # the latter left by a killed process
+    left = [*folder.glob(".[0-9]*"), *path.parent.glob(".[0-9]*")]  # by a killed process
+    for old in (*outdated, *left):
         old.unlink()
     write_file(path, partial(torch.save, content))
     return path

@@ -619,6 +619,8 @@ def write_model_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     config.json, without which no folder is a model, goes first and comes last."""
     with naming_failures(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(".model-*"):  # by a killed process
+            shutil.rmtree(left)
         temporary = Path(tempfile.mkdtemp(prefix=".model-", dir=folder))
         try:
             fill(temporary)
