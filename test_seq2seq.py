@@ -1,6 +1,6 @@
 """Tests of the model, the data, the loops, the commands and the benchmarks, in that order.
 
-    python -m pytest              offline, on two CPU cores, in four minutes; no file is needed
+    python -m pytest              offline, on two CPU cores, in seven minutes; no file is needed
     python -m pytest -n 0 -k ...  some of them, in one process
 
 Tests that need Modlee are skipped where it is not installed.
